@@ -1,0 +1,956 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.3", "torchvision>=0.18", "matplotlib>=3.9"]
+# ///
+"""Disentangling factors of variation with adversarial training, in one file.
+
+A reference implementation of Mathieu, Zhao, Sprechmann, Ramesh, LeCun, "Disentangling factors of
+variation in deep representations using adversarial training" (NIPS 2016, arXiv 1611.03383), to be
+read beside the paper from top to bottom.
+
+From images and class labels, learn two codes: s, the *specified* factor (what the label says: which
+digit it is), and z, the *unspecified* ones (everything else: slant, stroke width, size, handwriting).
+Nothing ever says what z should be; training only knows which images share a class. The paper's
+Figure 1, with this file's sections in brackets:
+
+    x1 -------- f_s --> s1 ---------+              +--> x1            term 1: reconstruction, KL of z1
+    x1, s1 ---- f_z --> z1 ------+  |              |
+    x1_same --- f_s --> s1_same -+--+-- decoder ---+--> x1            term 2: s1_same in s1's place
+    x2 -------- f_s --> s2 ------+  |    [1]       +--> Dec(z1, s2) --> adversary [1]    term 3
+    N(0, I) ----------> z ----------+              +--> Dec(z, s2) ---> adversary        term 4
+    triples [2]      codes [1]                        the four terms [3], one step, the loop [4]
+
+x1_same has x1's class; x2 is any image, and the adversary asks of it and of the two fakes: is this a
+real image of x2's class? Then: what do z and s know [5], and pictures, the swap grid last [6].
+
+    python advvae.py --epochs 20            train, evaluate, draw into figures/
+    python advvae.py --dataset typeset      the same with digits set in type: nothing to download
+    python advvae.py --plot-only            draw again from advvae.pt
+    python advvae.py --help                 every flag, its default and its unit
+
+Left out of the paper: its other data sets (Sprites, NORB, Extended YaleB) and their networks.
+"""
+
+import argparse
+import functools
+import math
+import os
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+import torchvision
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import PathPatch
+from matplotlib.textpath import TextPath
+from matplotlib.transforms import Affine2D
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+# --------------------------------------------------------------------------------------------------
+# Configuration: every hyperparameter once. The command line's flags are made from this class.
+
+
+class UserError(Exception):
+    """What the user can put right. main prints it as one line and exits with code 2."""
+
+
+def setting(default, low, text):
+    """A field of Config: its default, its least value, and what it is."""
+    return field(default=default, metadata={"low": low, "text": text})
+
+
+@dataclass
+class Config:
+    """Every hyperparameter; the weights are of terms in nats per image. Raises UserError out of range."""
+
+    # Where no source is named, the value was chosen by measurement; the README's tables hold it.
+    epochs: int = setting(20, 0, "passes over the training set, each image once as x1")
+    batch_size: int = setting(256, 1, "triples a step (authors' code: 16)")
+    learning_rate: float = setting(3e-3, 0, "of both Adams (authors': 0.01); falls to 0 in the second half")
+    seed: int = setting(0, 0, "same seed, same machine: same result")
+    reconstruction_weight: float = setting(0.2, 0, "of term 1's likelihood; 0 removes a term")
+    kl_weight: float = setting(8.0, 0, "of term 1's KL")
+    swap_weight: float = setting(1.0, 0, "of term 2 (the unit of the other weights, as in the authors' code)")
+    adversary_weight: float = setting(30.0, 0, "of term 3")
+    prior_weight: float = setting(30.0, 0, "of term 4 (authors' code: 0)")
+    s_dim: int = setting(16, 1, "dimensions of s (authors' code: 64)")
+    z_dim: int = setting(16, 1, "dimensions of z (authors' code: 512)")
+
+    @property
+    def weights(self):
+        """The weight of each term, by the term's name."""
+        return {name: getattr(self, f"{name}_weight") for name in TERMS}
+
+    def __post_init__(self):
+        for setting in fields(self):
+            value, low = getattr(self, setting.name), setting.metadata["low"]
+            if not low <= value < math.inf:
+                raise UserError(f"{setting.name} is {value}; it must be a number from {low} up")
+        if not any(weight for name, weight in self.weights.items() if name != "kl"):
+            raise UserError("every term that decodes has weight 0: there is nothing to train")
+
+
+TERMS = {  # name: what progress and pictures call it
+    "reconstruction": "1 reconstruction",
+    "kl": "1 KL",
+    "swap": "2 swap",
+    "adversary": "3 adversary",
+    "prior": "4 prior",
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# 1. Networks: f_s, f_z, the decoder, the adversary
+#
+# Departure: the authors' networks for digits are four strided 4x4 convolutions on images padded to
+# 32x32. Here each 4x4 patch of pixels is folded into 16 channels, and the convolutions see 7x7 maps
+# only. EFFECT_NETWORKS
+
+
+def trunk(norm=lambda layer: layer):
+    """Image to features, (N, 1, 28, 28) -> (N, 1024). norm wraps each layer that has weights."""
+    return nn.Sequential(
+        nn.PixelUnshuffle(4),  # (N, 16, 7, 7)
+        norm(nn.Conv2d(16, 32, 3, padding=1)), nn.LeakyReLU(0.2),  # (N, 32, 7, 7)
+        norm(nn.Conv2d(32, 64, 3, stride=2, padding=1)), nn.LeakyReLU(0.2),  # (N, 64, 4, 4)
+        nn.Flatten(),  # (N, 1024)
+    )  # fmt: skip
+
+
+class SpecifiedEncoder(nn.Module):
+    """f_s: s = f_s(x), real-valued and deterministic. (N, 1, 28, 28) in [0, 1] -> (N, s_dim)."""
+
+    def __init__(self, s_dim):
+        super().__init__()
+        self.net = nn.Sequential(trunk(), nn.Linear(1024, 128), nn.LeakyReLU(0.2), nn.Linear(128, s_dim))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class UnspecifiedEncoder(nn.Module):
+    """f_z: mu, logvar = f_z(x, s). (N, 1, 28, 28) in [0, 1], (N, s_dim) -> twice (N, z_dim).
+
+    It sees s, so that z need not repeat what s says. (In the authors' code, unlike the paper, one
+    trunk gives both codes.)
+    """
+
+    def __init__(self, s_dim, z_dim):
+        super().__init__()
+        self.trunk = trunk()
+        self.head = nn.Sequential(
+            nn.Linear(1024 + s_dim, 128), nn.LeakyReLU(0.2), nn.Linear(128, 2 * z_dim)
+        )
+
+    def forward(self, x, s):
+        return self.head(torch.cat([self.trunk(x), s], dim=1)).chunk(2, dim=1)
+
+
+class Decoder(nn.Module):
+    """Dec: (N, z_dim), (N, s_dim) -> *logits* of the pixels, (N, 1, 28, 28)."""
+
+    def __init__(self, s_dim, z_dim):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(z_dim + s_dim, 128), nn.LeakyReLU(0.2),
+            nn.Linear(128, 16 * 7 * 7), nn.LeakyReLU(0.2), nn.Unflatten(1, (16, 7, 7)),
+            nn.Conv2d(16, 32, 3, padding=1), nn.LeakyReLU(0.2),  # (N, 32, 7, 7)
+            nn.Conv2d(32, 16, 3, padding=1),  # (N, 16, 7, 7): 16 channels are a 4x4 patch
+            nn.PixelShuffle(4),  # (N, 1, 28, 28)
+        )  # fmt: skip
+
+    def forward(self, z, s):
+        return self.net(torch.cat([z, s], dim=1))
+
+
+class Adversary(nn.Module):
+    """Adv: images (N, 1, 28, 28) in [0, 1], class ids (N,) -> logits (N,) of "a real one of class id".
+
+    Departure: the authors' code adds a learned map per class to the output of each convolution;
+    here the features are compared with a learned vector per class (Miyato and Koyama 2018).
+    EFFECT_MAPS
+    Departure: every layer is divided by its spectral norm (Miyato et al. 2018), which keeps the
+    adversary's slope, and so the push of terms 3 and 4, bounded. EFFECT_SN
+    """
+
+    def __init__(self, n_classes):
+        super().__init__()
+        self.features = nn.Sequential(
+            trunk(spectral_norm), spectral_norm(nn.Linear(1024, 128)), nn.LeakyReLU(0.2)
+        )
+        self.real = spectral_norm(nn.Linear(128, 1))
+        self.of_class = spectral_norm(nn.Embedding(n_classes, 128))
+
+    def forward(self, x, id):
+        h = self.features(x)  # (N, 128)
+        return self.real(h).squeeze(1) + (self.of_class(id) * h).sum(dim=1)
+
+
+class AdvVAE(nn.Module):
+    """What training leaves: f_s, f_z and the decoder. The adversary serves training only."""
+
+    def __init__(self, s_dim=16, z_dim=16):
+        super().__init__()
+        self.z_dim = z_dim
+        self.f_s = SpecifiedEncoder(s_dim)
+        self.f_z = UnspecifiedEncoder(s_dim, z_dim)
+        self.decoder = Decoder(s_dim, z_dim)
+
+    def encode(self, x):
+        """x (N, 1, 28, 28) in [0, 1] -> s (N, s_dim), mu (N, z_dim), logvar (N, z_dim)."""
+        s = self.f_s(x)
+        mu, logvar = self.f_z(x, s)
+        return s, mu, logvar
+
+    def reparameterize(self, mu, logvar, generator=None):
+        """z = mu + exp(logvar/2) eps with eps ~ N(0, I): a draw that gradients pass. All (N, z_dim)."""
+        eps = torch.randn(mu.shape, generator=generator, device=mu.device)
+        return mu + torch.exp(logvar / 2) * eps
+
+    def decode(self, z, s):
+        """z (N, z_dim), s (N, s_dim) -> x~ (N, 1, 28, 28) in [0, 1]."""
+        return torch.sigmoid(self.decoder(z, s))
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Triples (x1, x1_same, x2), and the data sets that they are drawn from
+
+
+class TripleSampler:
+    """Iterating gives one epoch of batches (x1, x1_same, x2, id2); each image is x1 exactly once.
+
+    images (M, 1, 28, 28) and labels (M,), any integers, lie on one device, where generator draws.
+    x1_same is uniform over x1's class (x1 included: a class may have one image only), x2 uniform
+    over all images; id2 is x2's label. The caption of the paper's Figure 1 defines the triple.
+    """
+
+    def __init__(self, images, labels, batch_size, generator):
+        self.images, self.labels = images, labels
+        self.batch_size, self.generator = batch_size, generator
+        # by_class lists the images class by class; class c begins at first[c] and has size[c] images.
+        _, self.class_of, self.size = labels.unique(return_inverse=True, return_counts=True)
+        self.by_class = self.class_of.argsort(stable=True)
+        self.first = self.size.cumsum(0) - self.size
+
+    def __len__(self):
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def __iter__(self):
+        draw = {"generator": self.generator, "device": self.images.device}
+        for i1 in torch.randperm(len(self.images), **draw).split(self.batch_size):
+            c = self.class_of[i1]
+            i1_same = self.by_class[self.first[c] + torch.randint(2**40, c.shape, **draw) % self.size[c]]
+            i2 = torch.randint(len(self.images), c.shape, **draw)
+            yield self.images[i1], self.images[i1_same], self.images[i2], self.labels[i2]
+
+
+class NotThere(UserError):
+    """A data set that is neither on the disk nor to be downloaded."""
+
+
+@dataclass
+class Data:
+    """A data set on one device: images (M, 1, 28, 28) in [0, 1], labels (M,) = class ids 0, 1, ...
+
+    factors, test_factors: of typeset only, what `render` drew each image from.
+    """
+
+    name: str
+    images: torch.Tensor
+    labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    factors: dict | None = None
+    test_factors: dict | None = None
+
+
+IDX_DATASETS = {
+    "mnist": torchvision.datasets.MNIST,
+    "fashion-mnist": torchvision.datasets.FashionMNIST,
+    "kmnist": torchvision.datasets.KMNIST,
+}
+
+
+def load_data(name, data_dir="data", device="cpu"):
+    """The Data called name: a key of IDX_DATASETS (downloaded into data_dir if absent), typeset or auto.
+
+    auto is MNIST or, where it can't be had, typeset. Raises NotThere, or UserError for bad files.
+    """
+    if name == "auto":
+        try:
+            return load_data("mnist", data_dir, device)
+        except NotThere as reason:
+            print("!" * 100, f"NOT MNIST BUT TYPESET, the embedded data set: {reason}", "!" * 100, sep="\n")
+            return load_data("typeset", data_dir, device)
+    if name == "typeset":
+        generator = torch.Generator().manual_seed(0)  # the same digits for every --seed and device
+        images, labels, factors = typeset(60_000, generator, device)
+        test_images, test_labels, test_factors = typeset(10_000, generator, device)
+        return Data(name, images, labels, test_images, test_labels, factors, test_factors)
+
+    dataset = IDX_DATASETS[name]
+    folder = Path(data_dir) / dataset.__name__ / "raw"
+    files = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    absent = not all((folder / file).is_file() for file in files)
+    socket.setdefaulttimeout(20)  # seconds: some firewalls swallow a request without a word
+    try:
+        training, test = (dataset(data_dir, train=part, download=absent) for part in (True, False))
+        for part in (training, test):
+            if not len(part.data) == len(part.targets) > 0 or part.data.shape[1:] != (28, 28):
+                raise ValueError(f"{len(part.targets)} labels for images {tuple(part.data.shape)}")
+        classes = training.targets.unique()
+        if not torch.isin(test.targets, classes).all():
+            raise ValueError("a class that only the test set has")
+    except Exception as error:  # on bad files torchvision raises almost anything, AssertionError included
+        why = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        if absent:
+            raise NotThere(
+                f"{name} is not in {folder} and can't be downloaded ({why}). Go online and run again, "
+                f"or put {', '.join(files)} there, or use --dataset typeset"
+            ) from error
+        raise UserError(f"{folder} holds no {name} ({why}); delete it to have it downloaded again") from error
+    tensors = []
+    for part in (training, test):
+        tensors.append(part.data.unsqueeze(1).float().div(255).to(device))  # (M, 1, 28, 28)
+        tensors.append(torch.searchsorted(classes, part.targets).to(device))  # labels to 0, 1, ...
+    return Data(name, *tensors)
+
+
+# The data set `typeset`: the digits of matplotlib's own fonts, each drawn with known slant, stroke
+# thickness, size and shift. Files of faces, with the degrees that each leans by. (cmmi10 is left out:
+# its old-style digits differ in size, so size would tell the class.)
+FACES = {f"DejaVu{face}": 0 for face in "Sans Sans-Bold SansMono SansMono-Bold Serif Serif-Bold".split()}
+FACES |= {f"DejaVu{face}Oblique": 11 for face in "Sans- Sans-Bold SansMono- SansMono-Bold".split()}
+FACES |= {"DejaVuSerif-Italic": 11, "DejaVuSerif-BoldItalic": 11, "STIXGeneral": 0, "STIXGeneralBol": 0}
+FACES |= {"STIXGeneralItalic": 16.3, "STIXGeneralBolIta": 16.3}
+FACES |= {"cmr10": 0, "cmb10": 0, "cmss10": 0, "cmtt10": 0, "cmti10": 14}
+CELL, HEIGHT = 128, 80  # dots: a digit is rasterized HEIGHT tall in the middle of a square of CELL
+
+
+@functools.cache
+def glyph_atlas():
+    """Every face's digits as distances (21, 10, 64, 64), and every face's stroke thickness (21,).
+
+    A distance is to the digit's edge, positive inside; it and the thickness are in heights of a
+    digit. Faces that lean are put upright first: an image's slant is then what `render` gives it.
+    """
+    figure = Figure(figsize=(10, len(FACES)), dpi=CELL)
+    for row, (face, degrees) in enumerate(FACES.items()):
+        font = FontProperties(fname=f"{matplotlib.get_data_path()}/fonts/ttf/{face}.ttf")
+        for digit in range(10):
+            outline = Affine2D().skew_deg(-degrees, 0).transform_path(TextPath((0, 0), str(digit), prop=font))
+            (x0, y0), (x1, y1) = outline.get_extents().get_points()
+            place = Affine2D().translate(-(x0 + x1) / 2, -(y0 + y1) / 2).scale(HEIGHT / (y1 - y0))
+            place.translate(CELL * (digit + 0.5), CELL * (len(FACES) - row - 0.5))
+            figure.add_artist(PathPatch(outline, transform=place, facecolor="black", linewidth=0))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    dots = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    ink = 1 - dots.view(len(FACES), CELL, 10, CELL, 4)[..., 0].transpose(1, 2) / 255  # (21, 10, 128, 128)
+
+    def distance(on, reach=12):  # of each dot to the nearest one that is on, or reach if that is less
+        d, squares = torch.where(on, 0, reach**2), torch.arange(-reach, reach + 1) ** 2
+        for axis, pad in ((-1, (reach, reach)), (-2, (0, 0, reach, reach))):
+            d = (F.pad(d, pad, value=reach**2).unfold(axis, 2 * reach + 1, 1) + squares).amin(dim=-1)
+        return d.sqrt()
+
+    signed = torch.stack([torch.where(on, distance(~on) - 0.5, 0.5 - distance(on)) for on in ink > 0.5])
+    thickness = stroke_thickness(ink.reshape(-1, 1, CELL, CELL)).view(len(FACES), 10).mean(dim=1)
+    return F.avg_pool2d(signed, 2) / HEIGHT, thickness / HEIGHT
+
+
+def render(labels, factors):
+    """Draw digits labels (N,) with factors, a dict of tensors (N,): images (N, 1, 28, 28) in [0, 1].
+
+    font indexes FACES; slant is in pixels to the right per pixel upward (a shear, which thins upright
+    strokes by up to a tenth); thickness of the strokes, size (height), shift_x to the right and
+    shift_y downward are in pixels.
+    """
+    atlas, own = (table.to(labels.device) for table in glyph_atlas())
+    images = []
+    for i in torch.arange(len(labels), device=labels.device).split(1000):
+        names = ("font", "slant", "size", "shift_x", "shift_y", "thickness")
+        font, slant, size, dx, dy, thickness = (factors[name][i] for name in names)
+        # Which place of its cell shows at (x, y) of the image, both from -1 to 1? Undo shift, slant, size.
+        k, dx, dy = (28 / CELL) * HEIGHT / size, dx / 14, dy / 14
+        theta = torch.stack([k, k * slant, -k * (dx + slant * dy), 0 * k, k, -k * dy], dim=1).view(-1, 2, 3)
+        grid = F.affine_grid(theta, (len(i), 1, 28, 28), align_corners=False)
+        cells = atlas[font, labels[i]].unsqueeze(1)  # (n, 1, 64, 64)
+        inside = F.grid_sample(cells, grid, padding_mode="border", align_corners=False)  # (n, 1, 28, 28)
+        # In pixels; strokes are fattened by moving their edge. A pixel on the edge is covered in part.
+        column = lambda values: values.view(-1, 1, 1, 1)  # noqa: E731
+        edge = column(size) * inside + column(thickness - own[font] * size) / 2
+        images.append((edge + 0.5).clamp(0, 1))
+    return torch.cat(images)
+
+
+def typeset(n, generator, device="cpu"):
+    """n random digits by a CPU generator: images (n, 1, 28, 28), labels (n,), factors (see `render`)."""
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, generator=generator)
+
+    labels = torch.randint(10, (n,), generator=generator)
+    factors = {"font": torch.randint(len(FACES), (n,), generator=generator), "slant": uniform(-0.5, 0.5)}
+    factors |= {"size": uniform(16, 22), "shift_x": uniform(-2, 2), "shift_y": uniform(-2, 2)}
+    # Within what a face bears: a bold one thinned more loses its hairlines, fattened more its loops.
+    own = glyph_atlas()[1][factors["font"]] * factors["size"]
+    factors["thickness"] = own + (uniform(1.5, 4.0) - own).clamp(-0.7, 2.0)
+    labels, factors = labels.to(device), {name: factor.to(device) for name, factor in factors.items()}
+    return render(labels, factors), labels, factors
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. The four terms
+#
+# All in nats per image: sums over pixels and dimensions, means over the batch. Config weighs them.
+
+
+def reconstruction_term(x1, logits):
+    """Term 1, likelihood. Images in [0, 1] and the decoder's logits, both (N, 1, 28, 28); scalar.
+
+        -log p(x1 | z1, s1) = -sum over pixels of  x1 log x~ + (1 - x1) log(1 - x~),   x~ = Dec(z1, s1)
+
+    Departure: this is the Bernoulli likelihood; the authors' code has the squared error of pixels
+    scaled to [-1, 1]. EFFECT_MSE
+    """
+    return F.binary_cross_entropy_with_logits(logits, x1, reduction="sum") / len(x1)
+
+
+def kl_term(mu, logvar):
+    """Term 1, KL of what z1 tells about x1. Both (N, z_dim); scalar >= 0.
+
+        KL(N(mu, exp(logvar)) || N(0, I)) = 1/2 sum over dimensions of  mu^2 + exp(logvar) - 1 - logvar
+    """
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
+
+
+def swap_term(x1, logits):
+    """Term 2: term 1's likelihood with the code of another image of x1's class; logits of Dec(z1, s1_same).
+
+        -log p(x1 | z1, s1_same),   s1_same = f_s(x1_same)
+
+    x1_same must serve as well as x1 did, so s can carry only what a class shares.
+    """
+    return reconstruction_term(x1, logits)
+
+
+def adversary_term(verdicts):
+    """Term 3: a decoding with any other image's code must pass for a real one. Logits (N,); scalar >= 0.
+
+        -log sigmoid(Adv(Dec(z1, s2), id2))
+
+    Whatever z1 knows of x1's class must not show. Terms 1 and 2 alone are content with a z that
+    carries everything and a decoder that ignores s.
+    """
+    return F.softplus(-verdicts).mean()
+
+
+def prior_term(verdicts):
+    """Term 4: so must a decoding of a draw from the prior. Logits (N,); scalar >= 0.
+
+        -log sigmoid(Adv(Dec(z, s2), id2)),   z ~ N(0, I)
+    """
+    return F.softplus(-verdicts).mean()
+
+
+def adversary_loss(real, fake):
+    """What the adversary descends: its logits on the real x2 (N,) and on the fakes (2N,); scalar >= 0.
+
+        -log sigmoid(Adv(x2, id2)) - mean over the fakes of  log(1 - sigmoid(Adv(fake, id2)))
+    """
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Training: one step, and the loop
+
+
+def four_terms(model, adversary, triple, config, generator):
+    """Figure 1, once through: a dict of the terms, and the fakes (2N, 1, 28, 28) of terms 3 and 4.
+
+    A term of weight 0 is left out with all that only it needs: fewer fakes, or None without 3 and 4.
+    """
+    x1, x1_same, x2, id2 = triple
+    weights = config.weights
+
+    # Codes: one call of f_s for all images.
+    images = {"x1": x1}
+    if weights["swap"]:
+        images["x1_same"] = x1_same
+    if weights["adversary"] or weights["prior"]:
+        images["x2"] = x2
+    s = dict(zip(images, model.f_s(torch.cat(list(images.values()))).split(len(x1))))
+    mu, logvar = model.f_z(x1, s["x1"])
+    z1 = model.reparameterize(mu, logvar, generator)
+    z = torch.randn(z1.shape, generator=generator, device=z1.device)
+
+    # Decodings: one call of the decoder for all pairs of codes.
+    pairs = {
+        "reconstruction": (z1, s["x1"]),
+        "swap": (z1, s.get("x1_same")),
+        "adversary": (z1, s.get("x2")),
+        "prior": (z, s.get("x2")),
+    }
+    pairs = {name: pair for name, pair in pairs.items() if weights[name]}
+    zs, ss = zip(*pairs.values())
+    logits = dict(zip(pairs, model.decoder(torch.cat(zs), torch.cat(ss)).split(len(x1))))
+
+    # Verdicts: one call of the adversary for both fakes, which claim to be of x2's class.
+    judged = [name for name in ("adversary", "prior") if weights[name]]
+    fakes = torch.sigmoid(torch.cat([logits[name] for name in judged])) if judged else None
+    verdicts = adversary(fakes, id2.repeat(len(judged))).split(len(x1)) if judged else ()
+    verdicts = dict(zip(judged, verdicts))
+
+    terms = {
+        "reconstruction": lambda: reconstruction_term(x1, logits["reconstruction"]),
+        "kl": lambda: kl_term(mu, logvar),
+        "swap": lambda: swap_term(x1, logits["swap"]),
+        "adversary": lambda: adversary_term(verdicts["adversary"]),
+        "prior": lambda: prior_term(verdicts["prior"]),
+    }
+    return {name: term() for name, term in terms.items() if weights[name]}, fakes
+
+
+def train_step(model, adversary, optimizer, adversary_optimizer, triple, config, generator):
+    """One step of either side on one batch of triples: a dict of the terms and the adversary's score."""
+    # Encoders and decoder descend the weighted terms. The adversary passes gradients on and stands still.
+    adversary.eval().requires_grad_(False)
+    terms, fakes = four_terms(model, adversary, triple, config, generator)
+    loss = sum(config.weights[name] * term for name, term in terms.items())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    measures = {name: term.detach() for name, term in terms.items()}
+    if fakes is None:
+        return measures
+
+    # The adversary learns to tell the real x2 from those fakes. Nothing else moves.
+    adversary.train().requires_grad_(True)
+    _, _, x2, id2 = triple
+    x = torch.cat([x2, fakes.detach()])
+    verdicts = adversary(x, id2.repeat(len(x) // len(x2)))
+    real, fake = verdicts[: len(x2)], verdicts[len(x2) :]
+    loss = adversary_loss(real, fake)
+    adversary_optimizer.zero_grad()
+    loss.backward()
+    adversary_optimizer.step()
+    measures |= {"right_on_real": (real > 0).float().mean(), "right_on_fakes": (fake < 0).float().mean()}
+    return measures | {"adversary_loss": loss.detach()}
+
+
+def train(config, data, checkpoint=None):
+    """Train on data, on its device: the AdvVAE, and the history, a list of train_step's means by epoch.
+
+    Writes checkpoint, if given, after every epoch. Ctrl-C ends training early. Raises UserError when
+    a loss is not finite any more; the last checkpoint is left as it was.
+    """
+    torch.manual_seed(config.seed)  # for the networks' first weights; all the rest draws from generator
+    generator = torch.Generator(data.images.device).manual_seed(config.seed)
+    place = {"device": data.images.device, "memory_format": torch.channels_last}  # the fastest layout
+    model = AdvVAE(config.s_dim, config.z_dim).to(**place)
+    adversary = Adversary(len(data.labels.unique())).to(**place)
+    sampler = TripleSampler(data.images, data.labels, config.batch_size, generator)
+    adam = functools.partial(torch.optim.Adam, lr=config.learning_rate, betas=(0.5, 0.99))
+    optimizers = [adam(model.parameters()), adam(adversary.parameters())]
+    steps, live = max(1, config.epochs * len(sampler)), sys.stdout.isatty()
+    falling = lambda step: min(1, 2 * (1 - step / steps))  # noqa: E731
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, falling) for optimizer in optimizers]
+    history = []
+    try:
+        for epoch in range(1, config.epochs + 1):
+            start, seen, sums = time.perf_counter(), 0, {}
+            for step, triple in enumerate(sampler, start=1):
+                measures = train_step(model, adversary, *optimizers, triple, config, generator)
+                for schedule in schedules:
+                    schedule.step()
+                seen += len(triple[0])
+                sums = {name: sums.get(name, 0) + value * len(triple[0]) for name, value in measures.items()}
+                if step % 20 and step < len(sampler):  # to read numbers at every step would stall a GPU
+                    continue
+                means = {name: (value / seen).item() for name, value in sums.items()}
+                for name, value in means.items():
+                    if not math.isfinite(value):
+                        where = f"{name} is {value} at epoch {epoch}, step {step}"
+                        hint = "run again with a lower --learning-rate or lower weights; the last checkpoint stands"
+                        raise UserError(f"{where}: {hint}")
+                rate = seen / (time.perf_counter() - start)
+                if live:
+                    left = ((config.epochs - epoch + 1) * len(data.images) - seen) / rate
+                    line = f"epoch {epoch}/{config.epochs}  step {step}/{len(sampler)}  {rate:,.0f} images/s"
+                    line += f"  {left // 60:.0f} min {left % 60:02.0f} s left"
+                    print(f"\r{line}\033[K", end="", flush=True)
+            history.append(means)
+            line = "  ".join(f"{title} {means[name]:.2f}" for name, title in TERMS.items() if name in means)
+            if "adversary_loss" in means:
+                line += f"  adversary's loss {means['adversary_loss']:.2f}, right on"
+                line += f" {means['right_on_real']:.0%} of real, {means['right_on_fakes']:.0%} of fakes"
+            clear = "\r\033[K" if live else ""
+            print(f"{clear}epoch {epoch}/{config.epochs}  {line}  {rate:,.0f} images/s", flush=True)
+            if checkpoint:
+                save_checkpoint(checkpoint, config, data.name, model, adversary, history)
+    except KeyboardInterrupt:
+        print(f"\nCtrl-C: training ends in epoch {epoch}, and what it has learned is kept.", flush=True)
+    if checkpoint and (len(history) < config.epochs or not history):  # after Ctrl-C, and for --epochs 0
+        save_checkpoint(checkpoint, config, data.name, model, adversary, history)
+    return model.eval(), history
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. What do z and s know?
+
+
+def fit_classifier(net, inputs_at, labels, epochs, generator):
+    """Train net to tell labels (M,) from inputs_at(indices); returns it in eval mode."""
+    steps = math.ceil(len(labels) / 500)
+    optimizer = torch.optim.Adam(net.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=epochs * steps)
+    for _ in range(epochs):
+        shuffled = torch.randperm(len(labels), generator=generator, device=labels.device)
+        for i in shuffled.tensor_split(steps):  # of equal sizes: batch norm can't take a last batch of one
+            optimizer.zero_grad()
+            F.cross_entropy(net(inputs_at(i)), labels[i]).backward()
+            optimizer.step()
+            schedule.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def in_batches(function, *inputs):
+    """function(*inputs), 1,000 rows at a time."""
+    results = [function(*rows) for rows in zip(*(rows.split(1000) for rows in inputs))]
+    return tuple(torch.cat(r) for r in zip(*results)) if isinstance(results[0], tuple) else torch.cat(results)
+
+
+def probe_accuracy(codes, test_codes, labels, test_labels, generator):
+    """The accuracy in [0, 1] of a two-hidden-layer network that tells the class from a code.
+
+    codes: a function of indices that gives the training set's codes, drawn anew at each call;
+    test_codes (M, d). The paper's section 5 reports such classifiers.
+    """
+    net = nn.Sequential(
+        nn.Linear(test_codes.shape[1], 256), nn.BatchNorm1d(256), nn.ReLU(),
+        nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, len(labels.unique())),
+    )  # fmt: skip
+    fit_classifier(net.to(labels.device), codes, labels, epochs=15, generator=generator)
+    return (in_batches(net, test_codes).argmax(dim=1) == test_labels).float().mean().item()
+
+
+def train_judge(data, generator):
+    """A small classifier of real training images, to say which class a decoded image has."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 32, 5, stride=2, padding=2), nn.BatchNorm2d(32), nn.ReLU(),  # (N, 32, 14, 14)
+        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),  # (N, 64, 7, 7)
+        nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, len(data.labels.unique())),
+    ).to(data.images.device, memory_format=torch.channels_last)  # fmt: skip
+    return fit_classifier(net, lambda i: data.images[i], data.labels, epochs=3, generator=generator)
+
+
+def slant(images):
+    """(N, 1, H, W) -> (N,): pixels to the right per pixel upward, by the second moments of the ink."""
+    ink = images[:, 0] / images.sum(dim=(1, 2, 3)).clamp_min(1e-6).view(-1, 1, 1)
+    axes = torch.meshgrid(*(torch.arange(n, device=ink.device).float() for n in ink.shape[1:]), indexing="ij")
+    dy, dx = (axis - (ink * axis).sum(dim=(1, 2), keepdim=True) for axis in axes)
+    return -(ink * dx * dy).sum(dim=(1, 2)) / (ink * dy * dy).sum(dim=(1, 2)).clamp_min(1e-6)
+
+
+def stroke_thickness(images):
+    """(N, 1, H, W) -> (N,) in pixels: twice the ink over the length of its edge, for a stroke has two."""
+    x = F.pad(images[:, 0], (0, 1, 0, 1))
+    edge = torch.hypot(x[:, :-1, 1:] - x[:, :-1, :-1], x[:, 1:, :-1] - x[:, :-1, :-1]).sum(dim=(1, 2))
+    return 2 * x.sum(dim=(1, 2)) / edge.clamp_min(1e-6)
+
+
+def linear_r2(codes, factor, test_codes, test_factor):
+    """The share of test_factor's variance that a linear function, fitted to codes and factor, explains."""
+    codes, test_codes = (F.pad(c, (0, 1), value=1.0) for c in (codes, test_codes))
+    fitted = test_codes @ torch.linalg.lstsq(codes, factor.unsqueeze(1)).solution
+    return 1 - ((test_factor - fitted.squeeze(1)).var() / test_factor.var()).item()
+
+
+def evaluate(model, data, seed=0):
+    """Print a table of what z and s know, and return it as a dict: accuracies in [0, 1], KL in nats.
+
+    What is fitted is fitted on the training images; every number is of the test images.
+    """
+    x, y, test_x, test_y = data.images, data.labels, data.test_images, data.test_labels
+    generator = torch.Generator(x.device).manual_seed(seed)
+    s, mu, logvar = in_batches(model.eval().encode, x)
+    test_s, test_mu, test_logvar = in_batches(model.encode, test_x)
+    draw_z = functools.partial(model.reparameterize, generator=generator)
+    z, test_z = draw_z(mu, logvar), draw_z(test_mu, test_logvar)
+    r = {}
+
+    def report(key, value, what, against):
+        r[key] = value
+        style = ".1%" if key.endswith("accuracy") else ".4f" if key.endswith("mse") else ".2f"
+        print(f"  {what:<53}{value:>7{style}}   ({against})", flush=True)
+
+    print(f"\nWhat z and s know ({data.name}, test images)")
+    r["majority_rate"] = test_y.bincount().max().item() / len(test_y)
+    chance = f"chance {r['majority_rate']:.1%}"
+    with torch.random.fork_rng(devices=[]):  # layers draw their first weights from torch's own generator
+        torch.manual_seed(seed)
+        probe = functools.partial(probe_accuracy, labels=y, test_labels=test_y, generator=generator)
+        accuracy = probe(lambda i: draw_z(mu[i], logvar[i]), test_z)
+        report("z_accuracy", accuracy, "class told from sampled z", chance)
+        report("mu_accuracy", probe(lambda i: mu[i], test_mu), "class told from mu", chance)
+        report("s_accuracy", probe(lambda i: s[i], test_s), "class told from s", "1 is best")
+        judge = train_judge(data, generator)
+
+    def share_of_class(images, labels):
+        return (in_batches(judge, images).argmax(dim=1) == labels).float().mean().item()
+
+    def spread(images):  # within the classes
+        return sum(images[test_y == c].var(dim=0, correction=0).sum().item() for c in test_y.unique())
+
+    # Each test image gives its z to one swap and its s to another.
+    other = torch.randperm(len(test_y), generator=generator, device=x.device)
+    reconstructed, swapped = (in_batches(model.decode, test_mu, s2) for s2 in (test_s, test_s[other]))
+    from_prior = draw_z(0 * test_mu, 0 * test_logvar)
+    sampled = in_batches(model.decode, from_prior, test_s)
+    r["judge_accuracy"] = share_of_class(test_x, test_y)
+    real = f"real images {r['judge_accuracy']:.1%}"
+    accuracy = share_of_class(swapped, test_y[other])
+    report("swap_accuracy", accuracy, "swapped image Dec(mu1, s2) has x2's class", real)
+    report("prior_accuracy", share_of_class(sampled, test_y), "prior sample Dec(z, s2) has x2's class", real)
+    diversity = spread(sampled) / spread(test_x)
+    report("prior_diversity", diversity, "variance of prior samples within a class", "real images 1")
+    error = (reconstructed - test_x).square().mean().item()
+    report("reconstruction_mse", error, "reconstruction, squared error a pixel", "0 is best")
+    report("kl", kl_term(test_mu, test_logvar).item(), "KL of z, nats an image", "an empty z 0")
+    for name, measure in (("slant", slant), ("thickness", stroke_thickness)):
+        for code, source, best in (("z", test_x, 1), ("s", test_x[other], 0)):
+            correlation = torch.corrcoef(torch.stack([measure(swapped), measure(source)]))[0, 1].item()
+            what = f"{name} of swapped image and of {code}'s source, r"
+            report(f"{name}_from_{code}", correlation, what, f"{best} is best")
+    if data.factors:
+        for name in ("slant", "thickness", "size", "shift_x", "shift_y"):
+            for code, codes, test_codes, best in (("z", z, test_z, 1), ("s", s, test_s, 0)):
+                r2 = linear_r2(codes, data.factors[name], test_codes, data.test_factors[name])
+                report(f"{code}_r2_{name}", r2, f"true {name} from {code}, linear R2", f"{best} is best")
+        error = (swapped - render(test_y[other], data.test_factors)).square().mean().item()
+        report("swap_true_mse", error, "swapped image and its true rendering, squared error", "0 is best")
+    print(flush=True)
+    return r
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Pictures, the swap grid last
+
+
+def one_of_each_class(data, nth=0):
+    """The nth test image of each of the first ten classes, (10, 1, 28, 28): nothing is picked by hand."""
+    places = [(data.test_labels == c).nonzero().flatten() for c in data.test_labels.unique()[:10]]
+    return data.test_images[torch.stack([place[nth % len(place)] for place in places])]
+
+
+def tint(images, color):
+    """(..., 1, 28, 28) -> (..., 3, 28, 28), on the CPU. Blue images give s, orange z; white are decoded."""
+    rgb = {"blue": (0.45, 0.75, 1.0), "orange": (1.0, 0.7, 0.3), "white": (1.0, 1.0, 1.0)}[color]
+    return images.cpu() * torch.tensor(rgb).view(3, 1, 1)
+
+
+def save_grid(path, title, caption, panels):
+    """A PNG of panels side by side, each (images (R, C, 3, 28, 28), its x label, its y label)."""
+    rows, columns = panels[0][0].shape[:2]
+    figure = Figure(figsize=(0.52 * columns * len(panels) + 1, 0.52 * rows + 1.3), layout="constrained")
+    for axes, (images, x_label, y_label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        grid = torchvision.utils.make_grid(images.flatten(0, 1), nrow=columns, padding=2, pad_value=0.25)
+        axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set(xticks=[], yticks=[], xlabel=x_label, ylabel=y_label)
+    figure.suptitle(title)
+    figure.supxlabel(caption, fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def plot_curves(history, name, path):
+    """train's history: the terms, and what the adversary gets right, by epoch."""
+    names = TERMS | {"adversary_loss": "adversary's own loss"}
+    names |= {"right_on_real": "real images", "right_on_fakes": "fakes"}
+    panels = [
+        ("terms 1 and 2", "nats per image", ("reconstruction", "swap", "kl")),
+        ("terms 3 and 4", "nats per image", ("adversary", "prior", "adversary_loss")),
+        ("the adversary is right on", "share of images", ("right_on_real", "right_on_fakes")),
+    ]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axes, (title, unit, keys) in zip(figure.subplots(1, 3), panels):
+        for key in keys:
+            if history and key in history[0]:
+                epochs = range(1, len(history) + 1)
+                axes.plot(epochs, [means[key] for means in history], ".-", label=names[key])
+                axes.legend()
+        axes.set(title=title, xlabel="epoch", ylabel=unit, ylim=(0, None))
+    figure.suptitle(f"{name}: training")
+    figure.savefig(path, dpi=110)
+
+
+@torch.no_grad()
+def plot_samples(model, data, path):
+    """A fixed s along each row, one z ~ N(0, I) down each column."""
+    x = one_of_each_class(data)
+    z = torch.randn(12, model.z_dim, generator=torch.Generator().manual_seed(0)).to(x.device)
+    sampled = torch.stack([model.decode(z, s.expand(12, -1)) for s in model.f_s(x)])  # (10, 12, 1, 28, 28)
+    images = torch.cat([tint(x[:, None], "blue"), tint(sampled, "white")], dim=1)
+    caption = "Each row keeps the class of its blue image. Each column has one random handwriting."
+    panel = images, "z ~ N(0, I), drawn once for each column", "s of the blue test image"
+    save_grid(path, f"{data.name}: samples Dec(z, s)", caption, [panel])
+
+
+@torch.no_grad()
+def plot_interpolation(model, data, path):
+    """Between two test images, three times: s along the horizontal axis, z along the vertical one."""
+    a, b = one_of_each_class(data), one_of_each_class(data, nth=1).roll(-1, dims=0)
+    (s_a, z_a, _), (s_b, z_b, _) = model.encode(a), model.encode(b)
+    t = torch.linspace(0, 1, 7, device=a.device).unsqueeze(1)
+    panels = []
+    for k in range(0, min(len(a), 9), 3):
+        s, zs = torch.lerp(s_a[k], s_b[k], t), torch.lerp(z_a[k], z_b[k], t)
+        images = torch.stack([model.decode(z.expand(7, -1), s) for z in zs])  # (7, 7, 1, 28, 28)
+        panels.append((tint(images, "white"), "s: one class to the next", "z: one handwriting to another"))
+    caption = "Top left and bottom right: two test images, reconstructed. Other corners: z and s swapped."
+    save_grid(path, f"{data.name}: interpolation of s and z", caption, panels)
+
+
+@torch.no_grad()
+def plot_swap(model, data, path):
+    """The swap grid: z of one test image along each row, s of another down each column."""
+    x = one_of_each_class(data)
+    s, mu, _ = model.encode(x)
+    swapped = torch.stack([model.decode(z.expand(len(s), -1), s) for z in mu])  # (10, 10, 1, 28, 28)
+    top = torch.cat([torch.zeros(1, 3, 28, 28), tint(x, "blue")])
+    rows = torch.cat([tint(x[:, None], "orange"), tint(swapped, "white")], dim=1)
+    caption = "White: Dec(z, s), the column's class in the row's style. On the diagonal, reconstructions."
+    panel = torch.cat([top[None], rows]), "s from the blue image above", "z from the orange image on the left"
+    save_grid(path, f"{data.name}: swapping s and z of test images", caption, [panel])
+
+
+def draw_figures(model, data, history, folder):
+    """All four pictures, as <data set>-<what>.png in folder."""
+    path = lambda what: Path(folder) / f"{data.name}-{what}.png"  # noqa: E731
+    plot_curves(history, data.name, path("curves"))
+    plot_samples(model, data, path("samples"))
+    plot_interpolation(model, data, path("interpolation"))
+    plot_swap(model, data, path("swap"))
+    print(f"Pictures in {folder}: {data.name}-swap.png, -interpolation, -samples, -curves", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# The checkpoint and the command line
+
+
+def save_checkpoint(path, config, dataset, model, adversary, history):
+    """Write path in one go: a temporary file beside it takes its name once it is whole and on the disk."""
+    saved = {"program": "advvae", "config": asdict(config), "dataset": dataset, "history": history}
+    saved |= {"model": model.state_dict(), "adversary": adversary.state_dict()}
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(saved, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def read_checkpoint(path, device="cpu"):
+    """The AdvVAE in eval mode, its data set's name, its history. Raises UserError if path is none."""
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        model = AdvVAE(saved["config"]["s_dim"], saved["config"]["z_dim"])
+        model.to(device, memory_format=torch.channels_last)  # as in training, to the last bit
+        model.load_state_dict(saved["model"])
+        return model.eval(), saved["dataset"], saved["history"]
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}; train first, or name another") from error
+    except Exception as error:  # torch.load raises almost anything on a file of another kind
+        raise UserError(f"{path} is no checkpoint of advvae.py; move it, or name another") from error
+
+
+def load_checkpoint(path, device="cpu"):
+    """The trained AdvVAE in eval mode, on device. Raises UserError if path is no checkpoint of this file."""
+    return read_checkpoint(path, device)[0]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message):
+        self.exit(2, f"advvae.py: {message}; see python advvae.py --help\n")
+
+
+def command_line():
+    """The parser: a flag for each field of Config, then where things come from and go to."""
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    training = parser.add_argument_group("training")
+    weights = parser.add_argument_group("weights", "of the terms, which are all in nats per image")
+    codes = parser.add_argument_group("codes")
+    for setting in fields(Config):
+        group = weights if "weight" in setting.name else codes if "dim" in setting.name else training
+        text, flag = setting.metadata["text"], f"--{setting.name.replace('_', '-')}"
+        group.add_argument(flag, type=setting.type, default=setting.default, metavar="N",
+                           help=f"{text} (default: {setting.default})")  # fmt: skip
+    files = parser.add_argument_group("data, device, files")
+    for flag, default, choices, text in (
+        ("--dataset", "auto", ["auto", *IDX_DATASETS, "typeset"], "auto is mnist or, without that, typeset"),
+        ("--data-dir", "data", None, "folder where data sets lie or are downloaded to"),
+        ("--device", "auto", ["auto", "cpu", "cuda", "mps"], "auto is cuda, else mps, else cpu"),
+        ("--checkpoint", "advvae.pt", None, "file, written after every epoch"),
+        ("--figures-dir", "figures", None, "folder for the pictures"),
+    ):
+        text, metavar = f"{text} (default: {default})", None if choices else "PATH"
+        files.add_argument(flag, default=default, choices=choices, metavar=metavar, help=text)
+    files.add_argument("--plot-only", action="store_true", help="only draw again, from --checkpoint")
+    return parser
+
+
+def check_writable(folder):
+    """Make folder if need be. Raises UserError, before any training, if no file can be made in it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"can't write into {folder} ({error.strerror}); name another place") from error
+
+
+def run(args):
+    """What the command line asks for. Raises UserError."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in there if there[name]) if args.device == "auto" else args.device
+    if not there[device]:
+        raise UserError(f"this machine, or this torch, has no {device}; use --device auto")
+    config = Config(**{setting.name: getattr(args, setting.name) for setting in fields(Config)})
+    check_writable(args.figures_dir)
+    if args.plot_only:
+        model, dataset, history = read_checkpoint(args.checkpoint, device)
+        if args.dataset not in ("auto", dataset):
+            raise UserError(f"{args.checkpoint} was trained on {dataset}, not on {args.dataset}")
+        return draw_figures(model, load_data(dataset, args.data_dir, device), history, args.figures_dir)
+    check_writable(Path(args.checkpoint).parent)
+    if os.path.lexists(args.checkpoint):
+        read_checkpoint(args.checkpoint)  # an older checkpoint is written over, anything else is not
+    data = load_data(args.dataset, args.data_dir, device)
+    print(f"Training on {len(data.images):,} images of {data.name}, on {device}", flush=True)
+    model, history = train(config, data, args.checkpoint)
+    evaluate(model, data)
+    draw_figures(model, data, history, args.figures_dir)
+    print(f"Weights in {args.checkpoint}: draw again with --plot-only, load with advvae.load_checkpoint")
+
+
+def main(argv=None):
+    """The command line: train, evaluate, draw. What a user can put right ends in one line and exit code 2."""
+    parser = command_line()
+    try:
+        run(parser.parse_args(argv))
+    except UserError as error:
+        parser.exit(2, f"advvae.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,833 @@
+"""The facts of the method, one a test: python -m pytest -q. No network, no MNIST, nothing timed.
+
+Run as a script, python test_advvae.py, this file is the benchmark instead.
+"""
+
+import gzip
+import io
+import re
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.utils.flop_counter import FlopCounterMode
+
+import advvae
+from advvae import TERMS, AdvVAE, Adversary, Config, Data, TripleSampler
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def digits(n, test=200, seed=0):
+    """A small typeset Data."""
+    generator = seeded(seed)
+    images, labels, factors = advvae.typeset(n, generator)
+    test_images, test_labels, test_factors = advvae.typeset(test, generator)
+    return Data("typeset", images, labels, test_images, test_labels, factors, test_factors)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return digits(600)
+
+
+@pytest.fixture
+def nets():
+    torch.manual_seed(0)
+    return AdvVAE(), Adversary(10)
+
+
+@pytest.fixture
+def triple(data):
+    return next(iter(TripleSampler(data.images, data.labels, 32, seeded())))
+
+
+def optimizers(model, adversary, rate=1e-3, adversary_rate=1e-3):
+    return torch.optim.Adam(model.parameters(), rate), torch.optim.Adam(adversary.parameters(), adversary_rate)
+
+
+def copied(net):
+    return {name: value.clone() for name, value in net.named_parameters()}
+
+
+def moved(net, before):
+    return {name for name, value in net.named_parameters() if not torch.equal(value, before[name])}
+
+
+# 1. Networks
+
+
+def test_codes_and_images_have_their_shapes_and_ranges(nets, data):
+    """encode gives s, mu and logvar; decode gives pixels in [0, 1]; sizes of the codes are free."""
+    model = AdvVAE(s_dim=3, z_dim=5)
+    s, mu, logvar = model.encode(data.images[:7])
+    assert s.shape == (7, 3) and mu.shape == logvar.shape == (7, 5)
+    x = model.decode(100 * mu, 100 * s)
+    assert x.shape == (7, 1, 28, 28) and 0 <= x.min() and x.max() <= 1
+    assert nets[1](data.images[:7], data.labels[:7]).shape == (7,)
+
+
+def test_f_z_sees_s(nets, data):
+    """The same image with another s has another q(z | x, s): f_z is given both, as in Figure 1."""
+    f_z, x = nets[0].f_z, data.images[:4]
+    s = torch.randn(4, 16, generator=seeded())
+    for one, other in zip(f_z(x, s), f_z(x, s.flip(0))):
+        assert not torch.allclose(one, other)
+
+
+def test_reparameterize_draws_from_q():
+    """z has mean mu and standard deviation exp(logvar/2), and the same generator draws the same z."""
+    mu, logvar = torch.full((50_000, 2), 3.0), torch.tensor([0.0, -2.0]).expand(50_000, 2)
+    z = AdvVAE().reparameterize(mu, logvar, seeded())
+    assert torch.allclose(z.mean(0), torch.tensor([3.0, 3.0]), atol=0.02)
+    assert torch.allclose(z.std(0), torch.exp(torch.tensor([0.0, -1.0])), rtol=0.02)
+    assert torch.equal(z, AdvVAE().reparameterize(mu, logvar, seeded()))
+
+
+def test_the_adversary_is_conditional(nets, data):
+    """One image, two class ids: two verdicts."""
+    x = data.images[:8]
+    one, other = (nets[1](x, torch.full((8,), id)) for id in (0, 1))
+    assert (one - other).abs().min() > 1e-6
+
+
+def test_the_adversary_is_lipschitz(nets):
+    """Every layer's largest singular value is about 1, however large its weights were."""
+    adversary = nets[1].train()
+    with torch.no_grad():
+        for name, p in adversary.named_parameters():
+            if name.endswith("original"):
+                p.mul_(50)
+        for _ in range(30):  # the power iteration runs at each call in train mode
+            adversary(torch.rand(4, 1, 28, 28, generator=seeded()), torch.arange(4))
+        layers = [m for m in adversary.modules() if hasattr(m, "parametrizations")]
+        assert len(layers) == 5
+        for layer in layers:
+            assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2) < 1.2
+
+
+# 2. Triples and data
+
+
+def numbered(labels):
+    """Images that carry their own index, to see which were drawn."""
+    index = torch.arange(len(labels)).float()
+    return index.view(-1, 1, 1, 1).expand(-1, 1, 28, 28), torch.as_tensor(labels)
+
+
+def drawn(sampler):
+    """One epoch as index tensors i1, i1_same, i2 and the labels id2."""
+    batches = [(*(x[:, 0, 0, 0].long() for x in batch[:3]), batch[3]) for batch in sampler]
+    return [torch.cat(column) for column in zip(*batches)]
+
+
+def test_every_image_is_x1_once_an_epoch():
+    """The last, smaller batch included; and in another order in the next epoch."""
+    images, labels = numbered([0, 1, 2] * 11)
+    sampler = TripleSampler(images, labels, 8, seeded())
+    assert [len(batch[0]) for batch in sampler] == [8, 8, 8, 8, 1] and len(sampler) == 5
+    first, second = drawn(sampler)[0], drawn(sampler)[0]
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(33))
+    assert not torch.equal(first, second)
+
+
+def test_x1_same_is_uniform_over_x1s_class():
+    """Classes of any sizes, one image included, with labels that are any integers in any order."""
+    images, labels = numbered([7] * 5 + [-3] * 20 + [1000] + [7] * 5)
+    sampler = TripleSampler(images, labels, 10, seeded())
+    epochs = [drawn(sampler) for _ in range(400)]
+    i1, same, _, _ = (torch.cat(column) for column in zip(*epochs))
+    assert torch.equal(labels[i1], labels[same])
+    for label, size in ((7, 10), (-3, 20), (1000, 1)):
+        counts = same[labels[i1] == label].bincount(minlength=len(labels))[labels == label]
+        expected = 400.0  # size images, each 400 times x1, spread over size images
+        assert len(counts) == size and (counts - expected).abs().max() < 5 * expected**0.5
+
+
+def test_x2_is_uniform_and_independent_of_x1():
+    """x2 is any image, with its own label as id2; it has x1's class no more often than by chance."""
+    images, labels = numbered([0] * 30 + [1] * 10)
+    epochs = [drawn(TripleSampler(images, labels, 16, seeded(k))) for k in range(300)]
+    i1, _, i2, id2 = (torch.cat(column) for column in zip(*epochs))
+    assert torch.equal(labels[i2], id2)
+    assert (i2.bincount(minlength=40) - 300.0).abs().max() < 5 * 300**0.5
+    assert abs((labels[i1] == id2).float().mean() - (0.75**2 + 0.25**2)) < 0.02
+
+
+def test_typeset_repeats():
+    """Same seed, same digits; another seed, others; and render gives them back from their factors."""
+    images, labels, factors = advvae.typeset(50, seeded(1))
+    assert images.shape == (50, 1, 28, 28) and 0 <= images.min() and images.max() <= 1
+    assert torch.equal(images, advvae.typeset(50, seeded(1))[0])
+    assert not torch.equal(images, advvae.typeset(50, seeded(2))[0])
+    assert torch.equal(images, advvae.render(labels, factors))
+
+
+def test_typesets_factors_move_what_they_name(data):
+    """Slant and thickness agree with the measured ones; size and shift with the ink's extent and centre."""
+
+    def r(a, b):
+        return torch.corrcoef(torch.stack([a, b]))[0, 1]
+
+    x, f = data.images, data.factors
+    assert r(advvae.slant(x), f["slant"]) > 0.95
+    assert r(advvae.stroke_thickness(x), f["thickness"]) > 0.9
+    assert (advvae.stroke_thickness(x) - f["thickness"]).abs().mean() < 0.4  # pixels
+
+    def centre(images):
+        ink, place = images[:, 0] / images.sum(dim=(1, 2, 3)).view(-1, 1, 1), torch.arange(28.0)
+        return torch.stack([ink.sum(1) @ place, ink.sum(2) @ place])
+
+    for name, way in (("shift_x", (1.0, 0.0)), ("shift_y", (0.0, 1.0))):
+        pixel_on = advvae.render(data.labels, f | {name: f[name] + 1})
+        assert torch.allclose((centre(pixel_on) - centre(x)).mean(1), torch.tensor(way), atol=0.02)
+    height = (x.amax(dim=(1, 3)) > 0.5).sum(1)
+    assert r(height.float(), f["size"]) > 0.75 and (height - f["size"]).abs().mean() < 1.5  # thick strokes stick out
+    one = {name: values[:1] for name, values in f.items()}
+    drawn_at = [advvae.render(data.labels[:1], one | {"slant": torch.tensor([v])}) for v in (-0.4, 0.0, 0.4)]
+    slants = [advvae.slant(image) for image in drawn_at]
+    assert slants[1] - slants[0] > 0.3 and slants[2] - slants[1] > 0.3
+
+
+def test_typesets_factors_say_nothing_of_the_class(data):
+    """No factor differs between the digits, so a z that holds the factors alone is at chance."""
+    images, labels, factors = advvae.typeset(5000, seeded(3))
+    for name, values in factors.items():
+        means = torch.stack([values[labels == c].float().mean() for c in range(10)])
+        assert means.std() < 0.1 * values.float().std(), name
+
+
+def idx_bytes(array):
+    header = struct.pack(f">BBBB{array.dim()}I", 0, 0, 8, array.dim(), *array.shape)
+    return header + bytes(array.flatten().tolist())
+
+
+def write_mnist(folder, n=30, labels=None, size=28):
+    """n random images as MNIST's four files under folder."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    labels = torch.arange(n) % 3 if labels is None else torch.tensor(labels)
+    for part in ("train", "t10k"):
+        images = torch.randint(256, (n, size, size), generator=seeded())
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx_bytes(images))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
+    return raw
+
+
+def test_idx_files_are_read(tmp_path):
+    """Files in MNIST's format, with classes that needn't be 0, 1, ...: ids count them from 0, in order."""
+    write_mnist(tmp_path, labels=[3, 9, 5] * 10)
+    mnist = advvae.load_data("mnist", tmp_path)
+    assert mnist.images.shape == (30, 1, 28, 28) and mnist.images.max() <= 1 < 255 * mnist.images.max()
+    assert mnist.labels[:3].tolist() == [0, 2, 1] and mnist.factors is None
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(self):
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", refuse)
+
+
+def test_auto_is_typeset_where_there_is_no_mnist(tmp_path, no_network, monkeypatch, capsys):
+    """Said loudly, with what to do; and MNIST once its files are there."""
+    small_typeset(monkeypatch)
+    assert advvae.load_data("auto", tmp_path / "none").name == "typeset"
+    said = capsys.readouterr().out
+    assert "NOT MNIST" in said and "train-images-idx3-ubyte" in said and "!!!!!" in said
+    write_mnist(tmp_path)
+    assert advvae.load_data("auto", tmp_path).name == "mnist"
+    assert capsys.readouterr().out == ""
+
+
+# 3. The four terms
+
+
+def test_terms_agree_with_torch_distributions():
+    """Terms 1 and 2 are Bernoulli log-likelihoods, the KL is that of two normals, 3 and 4 are -log p(real)."""
+    x, logits = torch.rand(6, 1, 28, 28, generator=seeded()), torch.randn(6, 1, 28, 28, generator=seeded(1))
+    likelihood = -Bernoulli(logits=logits, validate_args=False).log_prob(x).sum(dim=(1, 2, 3)).mean()
+    torch.testing.assert_close(advvae.reconstruction_term(x, logits), likelihood)
+    torch.testing.assert_close(advvae.swap_term(x, logits), likelihood)
+    mu, logvar = torch.randn(6, 4, generator=seeded(2)), torch.randn(6, 4, generator=seeded(3))
+    kl = kl_divergence(Normal(mu, torch.exp(logvar / 2)), Normal(0.0, 1.0)).sum(dim=1).mean()
+    torch.testing.assert_close(advvae.kl_term(mu, logvar), kl)
+    assert advvae.kl_term(torch.zeros(3, 4), torch.zeros(3, 4)) == 0
+    verdicts, fakes = torch.randn(6, generator=seeded(4)), torch.randn(12, generator=seeded(5))
+    passes = -Bernoulli(logits=verdicts).log_prob(torch.ones(6)).mean()
+    torch.testing.assert_close(advvae.adversary_term(verdicts), passes)
+    torch.testing.assert_close(advvae.prior_term(verdicts), passes)
+    torch.testing.assert_close(
+        advvae.adversary_loss(verdicts, fakes), passes - Bernoulli(logits=fakes).log_prob(torch.zeros(12)).mean()
+    )
+
+
+def test_terms_are_in_nats_per_image(nets, triple):
+    """A batch twice as long, of the same images twice, has the same terms: sums over pixels, means over images."""
+    config, model, adversary = Config(), *nets
+    model.reparameterize = lambda mu, logvar, generator: mu
+    once = advvae.four_terms(model, adversary.eval(), triple, config, seeded())[0]
+    twice = advvae.four_terms(model, adversary, [torch.cat([t, t]) for t in triple], config, seeded())[0]
+    for name in ("reconstruction", "kl", "swap", "adversary"):
+        torch.testing.assert_close(once[name], twice[name], rtol=1e-4, atol=1e-5)
+    assert 400 < once["reconstruction"] < 700  # an untrained decoder says 0.5: 784 log 2 = 543 nats
+
+
+REACH = {  # term: the networks and the images of the triple that its gradient reaches
+    "reconstruction": ({"f_s", "f_z", "decoder"}, {"x1"}),
+    "kl": ({"f_s", "f_z"}, {"x1"}),
+    "swap": ({"f_s", "f_z", "decoder"}, {"x1", "x1_same"}),
+    "adversary": ({"f_s", "f_z", "decoder"}, {"x1", "x2"}),
+    "prior": ({"f_s", "decoder"}, {"x2"}),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_each_term_reaches_its_parameters_and_no_others(name, nets, triple):
+    """Term 2 reaches f_s through x1_same; term 3 reaches z1 and s2; term 4 can't reach f_z; and so on."""
+    model, adversary = nets
+    images = {key: x.clone().requires_grad_() for key, x in zip(("x1", "x1_same", "x2"), triple)}
+    adversary.eval().requires_grad_(False)
+    terms, _ = advvae.four_terms(model, adversary, (*images.values(), triple[3]), Config(), seeded())
+    terms[name].backward()
+    networks, reached_images = REACH[name]
+    reached = {key for key, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert reached == {key for key, _ in model.named_parameters() if key.split(".")[0] in networks}
+    assert {key for key, x in images.items() if x.grad is not None and x.grad.abs().max() > 0} == reached_images
+    assert all(p.grad is None for p in adversary.parameters())
+
+
+def test_terms_are_of_the_codes_that_figure_1_says(nets, triple):
+    """Each term computed here by hand from encode, decode and Adv: z1 and z drawn in that order."""
+    model, adversary = nets
+    x1, x1_same, x2, id2 = triple
+    terms, fakes = advvae.four_terms(model, adversary.eval(), triple, Config(), seeded(5))
+    generator = seeded(5)
+    s1, mu, logvar = model.encode(x1)
+    s1_same, s2 = model.f_s(x1_same), model.f_s(x2)
+    z1 = model.reparameterize(mu, logvar, generator)
+    z = torch.randn(z1.shape, generator=generator)
+    nll = lambda x: -(x1 * x.log() + (1 - x1) * (1 - x).log()).sum(dim=(1, 2, 3)).mean()  # noqa: E731
+    by_hand = {
+        "reconstruction": nll(model.decode(z1, s1)),
+        "kl": advvae.kl_term(mu, logvar),
+        "swap": nll(model.decode(z1, s1_same)),
+        "adversary": -adversary(model.decode(z1, s2), id2).sigmoid().log().mean(),
+        "prior": -adversary(model.decode(z, s2), id2).sigmoid().log().mean(),
+    }
+    for name, value in by_hand.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(fakes, torch.cat([model.decode(z1, s2), model.decode(z, s2)]))
+
+
+# 4. Training
+
+
+def test_the_generators_step_leaves_the_adversary_alone(nets, triple):
+    """With the adversary's rate at 0, the step moves all of f_s, f_z and decoder, and no weight of it."""
+    model, adversary = nets
+    before, adversary_before = copied(model), copied(adversary)
+    buffers = {name: b.clone() for name, b in adversary.named_buffers()}
+    advvae.train_step(model, adversary, *optimizers(model, adversary, adversary_rate=0), triple, Config(), seeded())
+    assert moved(model, before) == set(before)
+    assert moved(adversary, adversary_before) == set()
+    assert any(not torch.equal(b, buffers[name]) for name, b in adversary.named_buffers())  # its power iterations
+
+
+def test_the_adversarys_step_reaches_only_the_adversary(nets, triple):
+    """With the others' rate at 0, the step moves the adversary, whose loss falls, and nothing else."""
+    model, adversary = nets
+    before, adversary_before = copied(model), copied(adversary)
+    both = optimizers(model, adversary, rate=0)
+    losses = []
+    for _ in range(30):
+        losses.append(advvae.train_step(model, adversary, *both, triple, Config(), seeded())["adversary_loss"])
+    assert moved(model, before) == set()
+    assert moved(adversary, adversary_before) == set(adversary_before)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_adversary_sees_the_real_x2_and_both_fakes(nets, triple, monkeypatch):
+    """Its own batch is x2 and the fakes of terms 3 and 4, each of them with id2."""
+    model, adversary = nets
+    seen = []
+    adversary.register_forward_hook(lambda net, inputs, output: seen.append((net.training, *inputs)))
+    advvae.train_step(model, adversary, *optimizers(model, adversary), triple, Config(), seeded())
+    (judging, fakes, _), (learning, x, ids) = seen
+    assert not judging and learning
+    assert torch.equal(x, torch.cat([triple[2], fakes])) and not x.requires_grad
+    assert torch.equal(ids, triple[3].repeat(3))
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_weight_of_0_removes_its_term(name, nets, triple):
+    """The term is neither reported nor computed: f_s, decoder and adversary are given less to do."""
+    model, adversary = nets
+    sizes = {}
+    for key, net in {"f_s": model.f_s, "decoder": model.decoder, "adversary": adversary}.items():
+        net.register_forward_hook(lambda net, inputs, output, key=key: sizes.update({key: len(output)}))
+    config = replace(Config(), **{f"{name}_weight": 0.0})
+    terms, _ = advvae.four_terms(model, adversary, triple, config, seeded())
+    assert set(terms) == set(TERMS) - {name}
+    assert sizes["f_s"] == 32 * (3 - (name == "swap"))
+    assert sizes["decoder"] == 32 * (4 - (name != "kl"))
+    assert sizes["adversary"] == 32 * (2 - (name in ("adversary", "prior")))
+    measures = advvae.train_step(model, adversary, *optimizers(model, adversary), triple, config, seeded())
+    assert name not in measures
+
+
+def test_without_terms_3_and_4_there_is_no_adversary(nets, triple):
+    """Both weights 0: x2 isn't encoded, and the adversary is neither asked nor trained."""
+    model, adversary = nets
+    adversary.register_forward_hook(lambda *_: pytest.fail("the adversary was asked"))
+    config = Config(adversary_weight=0.0, prior_weight=0.0)
+    measures = advvae.train_step(model, adversary, *optimizers(model, adversary), triple, config, seeded())
+    assert set(measures) == {"reconstruction", "kl", "swap"}
+
+
+def test_weights_scale_their_terms(nets, triple):
+    """The step descends the sum of weight times term: its gradient is the weighted sum of the terms' own."""
+    model, adversary = nets
+    config = Config(reconstruction_weight=0.3, kl_weight=2.0, swap_weight=0.7, adversary_weight=5.0, prior_weight=4.0)
+    adversary.eval().requires_grad_(False)
+    terms, _ = advvae.four_terms(model, adversary, triple, config, seeded())
+    parameter = model.f_s.net[-1].weight
+    wanted = sum(config.weights[k] * torch.autograd.grad(t, parameter, retain_graph=True)[0] for k, t in terms.items())
+    advvae.train_step(model, adversary, *optimizers(model, adversary), triple, config, seeded())
+    torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_same_seed_same_weights(data):
+    """Two runs with one seed end bit-equal, history and all; another seed ends elsewhere."""
+    runs = [advvae.train(Config(epochs=1, seed=seed, batch_size=100), data) for seed in (0, 0, 1)]
+    (a, a_history), (b, b_history), (c, _) = runs
+    assert a_history == b_history
+    assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+    assert not any(torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters()))
+
+
+def test_the_learning_rate_falls_to_0_in_the_second_half(data, monkeypatch):
+    """Constant for half of the steps, then linearly to 0, for both optimizers."""
+    rates = []
+
+    def spy(model, adversary, optimizer, adversary_optimizer, *_):
+        for o in (optimizer, adversary_optimizer):
+            o.step()
+        rates.append([o.param_groups[0]["lr"] for o in (optimizer, adversary_optimizer)])
+        return {"kl": torch.tensor(1.0)}
+
+    monkeypatch.setattr(advvae, "train_step", spy)
+    advvae.train(Config(epochs=4, batch_size=60, learning_rate=1.0), data)
+    wanted = [min(1, 2 * (1 - step / 40)) for step in range(40)]
+    assert all(pair == pytest.approx([want] * 2) for pair, want in zip(rates, wanted, strict=True))
+
+
+def test_a_checkpoint_gives_the_model_back(data, tmp_path):
+    """load_checkpoint: same codes, same decodings, eval mode, by weights_only loading; sizes from its config."""
+    path = tmp_path / "a.pt"
+    model, history = advvae.train(Config(epochs=1, s_dim=3, z_dim=4), data, path)
+    loaded = advvae.load_checkpoint(path)
+    assert not loaded.training
+    for one, other in zip(model.encode(data.test_images), loaded.encode(data.test_images)):
+        assert torch.equal(one, other)
+    saved = torch.load(path, weights_only=True)
+    assert saved["history"] == history and saved["config"]["s_dim"] == 3 and saved["dataset"] == "typeset"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_checkpoint_is_whole_or_the_old_one(data, tmp_path, monkeypatch):
+    """When writing breaks off half-way, the file under the checkpoint's name is still the old one."""
+    path = tmp_path / "a.pt"
+    advvae.train(Config(epochs=0), data, path)
+    old = path.read_bytes()
+
+    def break_off(saved, file):
+        file.write(old[: len(old) // 2])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", break_off)
+    with pytest.raises(OSError):
+        advvae.train(Config(epochs=1), data, path)
+    assert path.read_bytes() == old
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    """With a message that names it, and with the last checkpoint as it was."""
+    path = tmp_path / "a.pt"
+    advvae.train(Config(epochs=0), data, path)
+    old = path.read_bytes()
+    with pytest.raises(advvae.UserError, match=r"(nan|inf) at epoch 1, step \d+: .* lower --learning-rate"):
+        advvae.train(Config(epochs=2, learning_rate=1e30, batch_size=20), data, path)
+    assert path.read_bytes() == old
+
+
+# 5. What z and s know
+
+
+def test_a_probe_finds_what_there_is_and_no_more():
+    """Codes of noise give chance, codes that are the one-hot label give 100 %."""
+    labels, test_labels = (torch.randint(10, (n,), generator=seeded(n)) for n in (5000, 2000))
+    one_hot, test_one_hot = F.one_hot(labels, 10).float(), F.one_hot(test_labels, 10).float()
+    noise = lambda n: torch.randn(n, 10, generator=seeded(n + 1))  # noqa: E731
+    codes, test_codes = noise(5000), noise(2000)
+    torch.manual_seed(0)
+    assert abs(advvae.probe_accuracy(lambda i: codes[i], test_codes, labels, test_labels, seeded()) - 0.1) < 0.03
+    assert advvae.probe_accuracy(lambda i: one_hot[i], test_one_hot, labels, test_labels, seeded()) == 1
+    hidden = lambda one_hot, noise: noise + 0.5 * one_hot  # noqa: E731  in between: found, but not always
+    codes, test_codes = hidden(one_hot, codes), hidden(test_one_hot, test_codes)
+    assert 0.12 < advvae.probe_accuracy(lambda i: codes[i], test_codes, labels, test_labels, seeded()) < 0.5
+
+
+class Known(nn.Module):
+    """A model whose codes are known: s is the label, read from a corner pixel; z the true slant and thickness."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.means = torch.stack([data.images[data.labels == c].mean(0) for c in range(10)])
+
+    def encode(self, x):
+        s = F.one_hot((100 * x[:, 0, 0, 0]).round().long(), 10).float()
+        mu = torch.stack([advvae.slant(x), advvae.stroke_thickness(x)], dim=1)
+        return s, mu, torch.full_like(mu, -20.0)
+
+    reparameterize = AdvVAE.reparameterize
+
+    def decode(self, z, s):
+        return self.means[s.argmax(1)]
+
+
+def test_evaluate_on_codes_with_known_answers(capsys):
+    """s is the label: 100 %. z is slant and thickness: R2 near 1. The decoder ignores z: no diversity, no transfer."""
+    data = digits(12_000, test=1000)
+    for images, labels in ((data.images, data.labels), (data.test_images, data.test_labels)):
+        images[:, 0, 0, 0] = labels / 100
+    r = advvae.evaluate(Known(data), data)
+    assert r["s_accuracy"] == 1 and r["judge_accuracy"] > 0.97
+    assert r["swap_accuracy"] > 0.9 and r["prior_accuracy"] > 0.9
+    assert r["z_accuracy"] < 0.6 and abs(r["z_accuracy"] - r["mu_accuracy"]) < 0.05
+    assert r["prior_diversity"] < 1e-6 and abs(r["slant_from_z"]) < 0.15 and abs(r["thickness_from_z"]) < 0.15
+    assert r["z_r2_slant"] > 0.9 and r["z_r2_thickness"] > 0.8 and abs(r["s_r2_slant"]) < 0.05
+    assert r["swap_true_mse"] > 0.02
+    assert r["majority_rate"] == pytest.approx(data.test_labels.bincount().max().item() / 1000)
+    table = capsys.readouterr().out
+    assert f"{r['z_accuracy']:.1%}" in table and "chance" in table
+
+
+def test_evaluate_repeats_and_leaves_torchs_generator_alone(data, capsys):
+    """Called twice it prints one and the same table; the caller's own random numbers go on as before."""
+    model = AdvVAE()
+    torch.manual_seed(7)
+    first = advvae.evaluate(model, data)
+    after = torch.rand(1)
+    assert advvae.evaluate(model, data) == first
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_slant_and_thickness_measure_known_strokes():
+    """A bar 3 pixels wide is 3 pixels thick, at any height; sheared by 1/2 it has slant 1/2."""
+    bar = torch.zeros(1, 1, 28, 28)
+    bar[..., 4:24, 12:15] = 1
+    assert advvae.stroke_thickness(bar).item() == pytest.approx(3 / (1 + 3 / 20), rel=0.05)  # its short ends count too
+    assert abs(advvae.slant(bar).item()) < 1e-4
+    leaning = torch.zeros(1, 1, 28, 28)
+    for y in range(4, 24):
+        x = round(13 - 0.5 * (y - 13.5))
+        leaning[..., y, x - 1 : x + 2] = 1
+    assert advvae.slant(leaning).item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_linear_r2_is_a_share_of_variance():
+    """1 for a linear function of the codes, 1/2 with as much noise again, 0 for noise alone."""
+    codes, noise = torch.randn(4000, 3, generator=seeded()), torch.randn(4000, generator=seeded(1))
+    signal = codes @ torch.tensor([0.6, 0.8, 0.0]) + 5
+    for factor, want in ((signal, 1.0), (signal + noise, 0.5), (noise, 0.0)):
+        r2 = advvae.linear_r2(codes[:2000], factor[:2000], codes[2000:], factor[2000:])
+        assert r2 == pytest.approx(want, abs=0.05)
+
+
+# The program
+
+
+def small_typeset(monkeypatch, n=300):
+    full = advvae.typeset
+    monkeypatch.setattr(advvae, "typeset", lambda count, generator, device: full(min(count, n), generator, device))
+
+
+def command(tmp_path, *more):
+    return ["--dataset", "typeset", "--device", "cpu", "--checkpoint", str(tmp_path / "a.pt"),
+            "--figures-dir", str(tmp_path / "figures"), *more]  # fmt: skip
+
+
+PICTURES = [f"typeset-{what}.png" for what in ("curves", "interpolation", "samples", "swap")]
+
+
+def test_main_trains_evaluates_and_draws(tmp_path, monkeypatch, capsys):
+    """End to end on 300 typeset digits: a loadable checkpoint, the table, four PNGs; then --plot-only draws again."""
+    small_typeset(monkeypatch)
+    advvae.main(command(tmp_path, "--epochs", "2"))
+    said = capsys.readouterr().out
+    assert "\r" not in said and "\033" not in said  # not a terminal: one line an epoch
+    assert re.search(r"epoch 2/2  1 reconstruction .* 1 KL .* 2 swap .* 3 adversary .* 4 prior", said)
+    assert "class told from sampled z" in said
+    advvae.load_checkpoint(tmp_path / "a.pt")
+    pictures = tmp_path / "figures"
+    assert sorted(p.name for p in pictures.iterdir()) == PICTURES
+    swap = (pictures / "typeset-swap.png").read_bytes()
+    assert swap.startswith(b"\x89PNG") and len(swap) > 10_000
+    for picture in pictures.iterdir():
+        picture.unlink()
+    checkpoint = (tmp_path / "a.pt").read_bytes()
+    advvae.main(command(tmp_path, "--plot-only"))
+    assert sorted(p.name for p in pictures.iterdir()) == PICTURES
+    assert (pictures / "typeset-swap.png").read_bytes() == swap
+    assert (tmp_path / "a.pt").read_bytes() == checkpoint
+
+
+def test_progress_is_live_on_a_terminal(data, monkeypatch):
+    """There a line is rewritten in place, with step, images/s and the time left."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    advvae.train(Config(epochs=1, batch_size=10), data)
+    said = sys.stdout.getvalue()
+    assert re.search(r"\repoch 1/1  step 40/60  [\d,]+ images/s  0 min \d\d s left", said)
+    assert said.rstrip().splitlines()[-1].split("\r")[-1].startswith("\033[Kepoch 1/1  1 reconstruction")
+
+
+def test_ctrl_c_ends_training_and_keeps_what_was_learned(tmp_path, monkeypatch, capsys):
+    """The model is evaluated, drawn and saved as it stands."""
+    small_typeset(monkeypatch)
+    step, calls = advvae.train_step, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(advvae, "train_step", interrupted)
+    advvae.main(command(tmp_path, "--epochs", "9", "--batch-size", "150"))
+    said = capsys.readouterr().out
+    assert "Ctrl-C: training ends in epoch 3" in said and "class told from s" in said
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == PICTURES
+    assert len(advvae.read_checkpoint(tmp_path / "a.pt")[2]) == 2
+
+
+def test_epochs_0_is_an_untrained_model(tmp_path, monkeypatch, capsys):
+    """It is evaluated, drawn and saved like any other, without a warning or a curve."""
+    small_typeset(monkeypatch)
+    advvae.main(command(tmp_path, "--epochs", "0"))
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == PICTURES
+
+
+def refused(capsys, argv):
+    """main must refuse argv: exit code 2, and one line on stderr, which is returned."""
+    with pytest.raises(SystemExit) as exit:
+        advvae.main(argv)
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.count("\n") == 1 and message.startswith("advvae.py: ")
+    return message
+
+
+@pytest.mark.parametrize("flags, hint", [
+    (["--dataset", "imagenet"], "mnist"),
+    (["--epochs", "-1"], "from 0 up"),
+    (["--epochs", "1.5"], "invalid int value"),
+    (["--batch-size", "0"], "from 1 up"),
+    (["--learning-rate", "nan"], "from 0 up"),
+    (["--kl-weight", "inf"], "from 0 up"),
+    (["--swap-weight", "-1"], "from 0 up"),
+    (["--z-dim", ""], "invalid int value"),
+    (["--device", "abacus"], "cpu"),
+    (["--no-such-flag"], "--help"),
+    ([f"--{term}-weight=0" for term in ("reconstruction", "swap", "adversary", "prior")], "nothing to train"),
+])  # fmt: skip
+def test_bad_flags_are_refused_in_one_line(flags, hint, tmp_path, capsys):
+    """Exit code 2, no traceback, what to do, and nothing written."""
+    assert hint in refused(capsys, command(tmp_path, *flags))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path, capsys, monkeypatch):
+    """--device cuda without a GPU is an error, not a silent use of the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device auto" in refused(capsys, command(tmp_path, "--device", "cuda"))
+
+
+def test_a_file_that_is_no_checkpoint_is_neither_read_nor_overwritten(tmp_path, capsys, monkeypatch):
+    """As --checkpoint, for training and for --plot-only: refused, and its bytes stay."""
+    small_typeset(monkeypatch)
+    advvae.main(command(tmp_path, "--epochs", "0"))
+    whole = (tmp_path / "a.pt").read_bytes()
+    foreign = io.BytesIO()
+    torch.save({"weights": torch.zeros(3)}, foreign)
+    capsys.readouterr()
+    for content in (b"", b"my thesis", gzip.compress(b"x" * 1000), foreign.getvalue(), whole[: len(whole) // 2]):
+        (tmp_path / "a.pt").write_bytes(content)
+        for flags in (["--epochs", "0"], ["--plot-only"]):
+            assert "no checkpoint of advvae.py" in refused(capsys, command(tmp_path, *flags))
+        assert (tmp_path / "a.pt").read_bytes() == content
+
+
+def test_paths_that_cannot_be_are_refused(tmp_path, capsys):
+    """A figures path that is a file, a checkpoint that is a folder or isn't there."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    figures = command(tmp_path)[:-1] + [str(tmp_path / "file")]
+    assert "name another place" in refused(capsys, figures)
+    assert "name another" in refused(capsys, command(tmp_path, "--checkpoint", str(tmp_path / "folder")))
+    assert "name another" in refused(capsys, command(tmp_path, "--checkpoint", str(tmp_path / "file" / "a.pt")))
+    assert "train first" in refused(capsys, command(tmp_path, "--plot-only"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_plot_only_wants_the_checkpoints_own_data_set(tmp_path, capsys, monkeypatch):
+    """--dataset may say it again, but not name another."""
+    small_typeset(monkeypatch)
+    advvae.main(command(tmp_path, "--epochs", "0"))
+    capsys.readouterr()
+    assert "trained on typeset" in refused(capsys, command(tmp_path, "--plot-only", "--dataset", "mnist"))
+
+
+def test_mnist_that_cannot_be_had_is_an_error(tmp_path, no_network, capsys):
+    """--dataset mnist with no files and no network: an error that says where to put which files, never typeset."""
+    message = refused(capsys, command(tmp_path, "--dataset", "mnist", "--data-dir", str(tmp_path / "none")))
+    assert "t10k-labels-idx1-ubyte" in message and "--dataset typeset" in message
+    assert not (tmp_path / "a.pt").exists()
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "auto"])
+@pytest.mark.parametrize("fault", ["cut", "empty", "magic", "labels", "none", "size", "new class"])
+def test_corrupt_idx_files_are_refused(fault, dataset, tmp_path, no_network, capsys):
+    """Cut short, empty, of another format, with too few labels or images of another size: one line, also for auto."""
+    raw = write_mnist(tmp_path, size=32 if fault == "size" else 28)
+    images, labels = raw / "train-images-idx3-ubyte", raw / "t10k-labels-idx1-ubyte"
+    if fault == "cut":
+        images.write_bytes(images.read_bytes()[:-100])
+    elif fault == "empty":
+        labels.write_bytes(b"")
+    elif fault == "magic":
+        images.write_bytes(b"\x7fELF" + images.read_bytes()[4:])
+    elif fault == "labels":
+        labels.write_bytes(idx_bytes(torch.zeros(7, dtype=torch.long)))
+    elif fault == "none":
+        images.write_bytes(idx_bytes(torch.zeros(0, 28, 28, dtype=torch.long)))
+    elif fault == "new class":
+        labels.write_bytes(idx_bytes(torch.full((30,), 8)))
+    message = refused(capsys, command(tmp_path, "--dataset", dataset, "--data-dir", str(tmp_path)))
+    assert "holds no mnist" in message and "delete it" in message
+    assert not (tmp_path / "a.pt").exists()
+
+
+def test_help_names_every_flag_and_default(capsys):
+    """Each field of Config is a flag with its default."""
+    with pytest.raises(SystemExit) as exit:
+        advvae.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0
+    for setting in advvae.fields(Config):
+        assert re.search(rf"--{setting.name.replace('_', '-')} N .*?\(default: {setting.default}\)", said)
+
+
+def test_importing_does_nothing(tmp_path):
+    """`import advvae` only defines: no output, no files."""
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); sys.dont_write_bytecode = True; import advvae"
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and list(tmp_path.iterdir()) == []
+
+
+def test_inline_metadata_equals_requirements():
+    """`uv run advvae.py` and `pip install -r requirements.txt` install the same."""
+    block = (HERE / "advvae.py").read_text().split("# ///")[1]
+    inline = re.findall(r'"([^"]+)"', block.split("dependencies")[1])
+    assert inline == (HERE / "requirements.txt").read_text().split()
+    assert '"torch>=' in block and 'requires-python = ">=3.10"' in block
+
+
+# Learning
+
+
+def test_it_learns(capsys):
+    """A short training on typeset: s tells the class, swaps obey s, slant follows z; untrained, none of it."""
+    data = digits(8000, test=1000)
+    config = Config(epochs=6, batch_size=64)
+    untrained = advvae.evaluate(advvae.train(replace(config, epochs=0), data)[0], data)
+    trained = advvae.evaluate(advvae.train(config, data)[0], data)
+    wanted = {"s_accuracy": 0.95, "swap_accuracy": 0.85, "prior_accuracy": 0.85, "slant_from_z": 0.7, "z_r2_slant": 0.7}
+    for name, threshold in wanted.items():
+        assert trained[name] > threshold, name
+        assert untrained[name] < threshold - 0.1, name
+    assert trained["z_accuracy"] < trained["s_accuracy"] - 0.2
+    assert abs(trained["slant_from_s"]) < 0.3
+    assert trained["reconstruction_mse"] < 0.05 < untrained["reconstruction_mse"]
+
+
+# The benchmark
+
+
+def benchmark(device, seconds=5.0):
+    """Print the speed of a training step, beside the machine's own: medians, and ratios within this one run."""
+
+    def sync():
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def median_time(function, at_least):
+        times, start = [], time.perf_counter()
+        while time.perf_counter() - start < at_least:
+            began = time.perf_counter()
+            function()
+            sync()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    a = torch.randn(2048, 2048, device=device)
+    median_time(lambda: a @ a, 1)
+    rate = 2 * 2048**3 / median_time(lambda: a @ a, 2)
+    config = Config()
+    images, labels, _ = advvae.typeset(60_000, seeded(), device)
+    generator = torch.Generator(device).manual_seed(0)
+    place = {"device": device, "memory_format": torch.channels_last}
+    model, adversary = AdvVAE().to(**place), Adversary(10).to(**place)
+    both, batches = optimizers(model, adversary), TripleSampler(images, labels, config.batch_size, generator)
+    endless = (triple for _ in iter(int, 1) for triple in batches)
+    triple = next(endless)
+    step = lambda triple: advvae.train_step(model, adversary, *both, triple, config, generator)  # noqa: E731
+    with FlopCounterMode(display=False) as counter:
+        step(triple)
+    operations = counter.get_total_flops() / len(triple[0])
+    median_time(lambda: step(triple), 1)
+    sampling = median_time(lambda: next(endless), 1)
+    whole = median_time(lambda: step(next(endless)), seconds)
+    epoch = whole / config.batch_size * 60_000
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, batches of {config.batch_size}")
+    print(f"  training              {config.batch_size / whole:10,.0f} triples/s   ({epoch:.1f} s for 60,000)")
+    print(f"  of it sampling        {sampling / whole:10.1%}")
+    print(f"  operations a triple   {operations / 1e6:10.1f} million")
+    print(f"  this device's fp32    {rate / 1e9:10,.0f} GFLOP/s in a matrix product")
+    print(f"  share of it reached   {operations * config.batch_size / whole / rate:10.1%}")
+    print(f"  cost of an epoch      {epoch * rate / 1e12:10.2f} TFLOP: seconds x that rate")
+
+
+if __name__ == "__main__":
+    benchmark("cuda" if torch.cuda.is_available() else "cpu")
