@@ -59,13 +59,13 @@ from torch.nn.utils.parametrizations import spectral_norm
 # Configuration: every hyperparameter once. The command line's flags are made from this class.
 
 
-class UserError(Exception):
-    """What the user can put right. main prints it as one line and exits with code 2."""
-
-
 def setting(default, low, text):
     """A field of Config: its default, its least value, and what it is."""
     return field(default=default, metadata={"low": low, "text": text})
+
+
+class UserError(Exception):
+    """What the user can put right. main prints it as one line and exits with code 2."""
 
 
 @dataclass
@@ -99,13 +99,8 @@ class Config:
             raise UserError("every term that decodes has weight 0: there is nothing to train")
 
 
-TERMS = {  # name: what progress and pictures call it
-    "reconstruction": "1 reconstruction",
-    "kl": "1 KL",
-    "swap": "2 swap",
-    "adversary": "3 adversary",
-    "prior": "4 prior",
-}
+TERMS = {"reconstruction": "1 reconstruction", "kl": "1 KL", "swap": "2 swap"}  # and what pictures call them
+TERMS |= {"adversary": "3 adversary", "prior": "4 prior"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -147,9 +142,7 @@ class UnspecifiedEncoder(nn.Module):
     def __init__(self, s_dim, z_dim):
         super().__init__()
         self.trunk = trunk()
-        self.head = nn.Sequential(
-            nn.Linear(1024 + s_dim, 128), nn.LeakyReLU(0.2), nn.Linear(128, 2 * z_dim)
-        )
+        self.head = nn.Sequential(nn.Linear(1024 + s_dim, 128), nn.LeakyReLU(0.2), nn.Linear(128, 2 * z_dim))
 
     def forward(self, x, s):
         return self.head(torch.cat([self.trunk(x), s], dim=1)).chunk(2, dim=1)
@@ -184,9 +177,8 @@ class Adversary(nn.Module):
 
     def __init__(self, n_classes):
         super().__init__()
-        self.features = nn.Sequential(
-            trunk(spectral_norm), spectral_norm(nn.Linear(1024, 128)), nn.LeakyReLU(0.2)
-        )
+        hidden = spectral_norm(nn.Linear(1024, 128))
+        self.features = nn.Sequential(trunk(spectral_norm), hidden, nn.LeakyReLU(0.2))
         self.real = spectral_norm(nn.Linear(128, 1))
         self.of_class = spectral_norm(nn.Embedding(n_classes, 128))
 
@@ -558,7 +550,7 @@ def train(config, data, checkpoint=None):
     generator = torch.Generator(data.images.device).manual_seed(config.seed)
     place = {"device": data.images.device, "memory_format": torch.channels_last}  # the fastest layout
     model = AdvVAE(config.s_dim, config.z_dim).to(**place)
-    adversary = Adversary(len(data.labels.unique())).to(**place)
+    adversary = Adversary(int(data.labels.max()) + 1).to(**place)
     sampler = TripleSampler(data.images, data.labels, config.batch_size, generator)
     adam = functools.partial(torch.optim.Adam, lr=config.learning_rate, betas=(0.5, 0.99))
     optimizers = [adam(model.parameters()), adam(adversary.parameters())]
@@ -582,6 +574,7 @@ def train(config, data, checkpoint=None):
                     if not math.isfinite(value):
                         where = f"{name} is {value} at epoch {epoch}, step {step}"
                         hint = "run again with a lower --learning-rate or lower weights; the last checkpoint stands"
+                        print(end="\n" if live else "")
                         raise UserError(f"{where}: {hint}")
                 rate = seen / (time.perf_counter() - start)
                 if live:
@@ -632,14 +625,14 @@ def in_batches(function, *inputs):
 
 
 def probe_accuracy(codes, test_codes, labels, test_labels, generator):
-    """The accuracy in [0, 1] of a two-hidden-layer network that tells the class from a code.
+    """The accuracy in [0, 1] of a two-hidden-layer network that tells the class from a code, (M, d).
 
-    codes: a function of indices that gives the training set's codes, drawn anew at each call;
-    test_codes (M, d). The paper's section 5 reports such classifiers.
+    codes is a function of indices, so that z can be drawn anew each time. Trained on the training
+    set, read on the test set; the paper's experiments have such classifiers too.
     """
     net = nn.Sequential(
         nn.Linear(test_codes.shape[1], 256), nn.BatchNorm1d(256), nn.ReLU(),
-        nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, len(labels.unique())),
+        nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, int(labels.max()) + 1),
     )  # fmt: skip
     fit_classifier(net.to(labels.device), codes, labels, epochs=15, generator=generator)
     return (in_batches(net, test_codes).argmax(dim=1) == test_labels).float().mean().item()
@@ -650,7 +643,7 @@ def train_judge(data, generator):
     net = nn.Sequential(
         nn.Conv2d(1, 32, 5, stride=2, padding=2), nn.BatchNorm2d(32), nn.ReLU(),  # (N, 32, 14, 14)
         nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),  # (N, 64, 7, 7)
-        nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, len(data.labels.unique())),
+        nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, int(data.labels.max()) + 1),
     ).to(data.images.device, memory_format=torch.channels_last)  # fmt: skip
     return fit_classifier(net, lambda i: data.images[i], data.labels, epochs=3, generator=generator)
 
@@ -836,11 +829,9 @@ def plot_swap(model, data, path):
 
 def draw_figures(model, data, history, folder):
     """All four pictures, as <data set>-<what>.png in folder."""
-    path = lambda what: Path(folder) / f"{data.name}-{what}.png"  # noqa: E731
-    plot_curves(history, data.name, path("curves"))
-    plot_samples(model, data, path("samples"))
-    plot_interpolation(model, data, path("interpolation"))
-    plot_swap(model, data, path("swap"))
+    plot_curves(history, data.name, Path(folder) / f"{data.name}-curves.png")
+    for what, plot in (("samples", plot_samples), ("interpolation", plot_interpolation), ("swap", plot_swap)):
+        plot(model, data, Path(folder) / f"{data.name}-{what}.png")
     print(f"Pictures in {folder}: {data.name}-swap.png, -interpolation, -samples, -curves", flush=True)
 
 
@@ -850,7 +841,7 @@ def draw_figures(model, data, history, folder):
 
 def save_checkpoint(path, config, dataset, model, adversary, history):
     """Write path in one go: a temporary file beside it takes its name once it is whole and on the disk."""
-    saved = {"program": "advvae", "config": asdict(config), "dataset": dataset, "history": history}
+    saved = {"config": asdict(config), "dataset": dataset, "history": history}
     saved |= {"model": model.state_dict(), "adversary": adversary.state_dict()}
     with open(f"{path}.tmp", "wb") as file:
         torch.save(saved, file)
@@ -878,16 +869,10 @@ def load_checkpoint(path, device="cpu"):
     return read_checkpoint(path, device)[0]
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors."""
-
-    def error(self, message):
-        self.exit(2, f"advvae.py: {message}; see python advvae.py --help\n")
-
-
 def command_line():
     """The parser: a flag for each field of Config, then where things come from and go to."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.error = lambda message: parser.exit(2, f"advvae.py: {message}; see python advvae.py --help\n")
     training = parser.add_argument_group("training")
     weights = parser.add_argument_group("weights", "of the terms, which are all in nats per image")
     codes = parser.add_argument_group("codes")

@@ -100,8 +100,8 @@ def test_reparameterize_draws_from_q():
 
 def test_the_adversary_is_conditional(nets, data):
     """One image, two class ids: two verdicts."""
-    x = data.images[:8]
-    one, other = (nets[1](x, torch.full((8,), id)) for id in (0, 1))
+    x, adversary = data.images[:8], nets[1].eval()
+    one, other = (adversary(x, torch.full((8,), id)) for id in (0, 1))
     assert (one - other).abs().min() > 1e-6
 
 
@@ -362,14 +362,18 @@ def test_the_adversarys_step_reaches_only_the_adversary(nets, triple):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_the_adversary_sees_the_real_x2_and_both_fakes(nets, triple, monkeypatch):
-    """Its own batch is x2 and the fakes of terms 3 and 4, each of them with id2."""
+def test_the_adversary_sees_the_real_x2_and_both_fakes(nets, triple):
+    """Its own batch is x2 and the fakes of terms 3 and 4, each of them with id2; only then can it learn."""
     model, adversary = nets
     seen = []
-    adversary.register_forward_hook(lambda net, inputs, output: seen.append((net.training, *inputs)))
+
+    def look(net, inputs, output):
+        seen.append((net.training or any(p.requires_grad for p in net.parameters()), *inputs))
+
+    adversary.register_forward_hook(look)
     advvae.train_step(model, adversary, *optimizers(model, adversary), triple, Config(), seeded())
-    (judging, fakes, _), (learning, x, ids) = seen
-    assert not judging and learning
+    (judging_learns, fakes, _), (learning, x, ids) = seen
+    assert not judging_learns and learning
     assert torch.equal(x, torch.cat([triple[2], fakes])) and not x.requires_grad
     assert torch.equal(ids, triple[3].repeat(3))
 
@@ -526,6 +530,27 @@ def test_evaluate_on_codes_with_known_answers(capsys):
     assert r["majority_rate"] == pytest.approx(data.test_labels.bincount().max().item() / 1000)
     table = capsys.readouterr().out
     assert f"{r['z_accuracy']:.1%}" in table and "chance" in table
+
+
+class Leaky(Known):
+    """mu names the class by a thirtieth of z's noise, and the decoder makes the image as bright as z says."""
+
+    def encode(self, x):
+        s = super().encode(x)[0]
+        return s, s / 30, torch.zeros_like(s)
+
+    def decode(self, z, s):
+        return self.means[s.argmax(1)] * z[:, :1, None, None].sigmoid()
+
+
+def test_sampled_z_is_probed_and_the_prior_is_sampled():
+    """A class that only mu names, far under the noise, is told from mu and not from z; the prior has its own spread."""
+    data = digits(3000, test=1000)
+    for images, labels in ((data.images, data.labels), (data.test_images, data.test_labels)):
+        images[:, 0, 0, 0] = labels / 100
+    r = advvae.evaluate(Leaky(data), data)
+    assert r["mu_accuracy"] > 0.99 and r["z_accuracy"] < 0.2
+    assert r["kl"] == pytest.approx(1 / 30**2 / 2, rel=1e-3) and r["prior_diversity"] > 0.02
 
 
 def test_evaluate_repeats_and_leaves_torchs_generator_alone(data, capsys):
