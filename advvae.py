@@ -149,7 +149,7 @@ class UnspecifiedEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Dec: (N, z_dim), (N, s_dim) -> *logits* of the pixels, (N, 1, 28, 28)."""
+    """Dec: x~ = Dec(z, s). (N, z_dim), (N, s_dim) -> (N, 1, 28, 28) in [0, 1]."""
 
     def __init__(self, s_dim, z_dim):
         super().__init__()
@@ -158,7 +158,7 @@ class Decoder(nn.Module):
             nn.Linear(128, 16 * 7 * 7), nn.LeakyReLU(0.2), nn.Unflatten(1, (16, 7, 7)),
             nn.Conv2d(16, 32, 3, padding=1), nn.LeakyReLU(0.2),  # (N, 32, 7, 7)
             nn.Conv2d(32, 16, 3, padding=1),  # (N, 16, 7, 7): 16 channels are a 4x4 patch
-            nn.PixelShuffle(4),  # (N, 1, 28, 28)
+            nn.PixelShuffle(4), nn.Sigmoid(),  # (N, 1, 28, 28)
         )  # fmt: skip
 
     def forward(self, z, s):
@@ -210,7 +210,7 @@ class AdvVAE(nn.Module):
 
     def decode(self, z, s):
         """z (N, z_dim), s (N, s_dim) -> x~ (N, 1, 28, 28) in [0, 1]."""
-        return torch.sigmoid(self.decoder(z, s))
+        return self.decoder(z, s)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -407,15 +407,15 @@ def typeset(n, generator, device="cpu"):
 # All in nats per image: sums over pixels and dimensions, means over the batch. Config weighs them.
 
 
-def reconstruction_term(x1, logits):
-    """Term 1, likelihood. Images in [0, 1] and the decoder's logits, both (N, 1, 28, 28); scalar.
+def reconstruction_term(x1, x1_decoded):
+    """Term 1, likelihood. x1 and Dec(z1, s1), both (N, 1, 28, 28) in [0, 1]; scalar >= 0.
 
-        -log p(x1 | z1, s1) = -sum over pixels of  x1 log x~ + (1 - x1) log(1 - x~),   x~ = Dec(z1, s1)
+        -log p(x1 | z1, s1) = sum over pixels of ((2 x1 - 1) - (2 x~ - 1))^2,   x~ = Dec(z1, s1)
 
-    Departure: this is the Bernoulli likelihood; the authors' code has the squared error of pixels
-    scaled to [-1, 1]. EFFECT_MSE
+    This is a Gaussian of variance 1/2 on pixels scaled to [-1, 1], without its constant: the squared
+    error of the authors' code. (Of the two usual likelihoods it served better: EFFECT_LIK)
     """
-    return F.binary_cross_entropy_with_logits(logits, x1, reduction="sum") / len(x1)
+    return (2 * x1 - 2 * x1_decoded).square().sum() / len(x1)
 
 
 def kl_term(mu, logvar):
@@ -426,14 +426,14 @@ def kl_term(mu, logvar):
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
 
 
-def swap_term(x1, logits):
-    """Term 2: term 1's likelihood with the code of another image of x1's class; logits of Dec(z1, s1_same).
+def swap_term(x1, x1_decoded):
+    """Term 2: the same with the code of another image of x1's class, so with Dec(z1, s1_same).
 
         -log p(x1 | z1, s1_same),   s1_same = f_s(x1_same)
 
     x1_same must serve as well as x1 did, so s can carry only what a class shares.
     """
-    return reconstruction_term(x1, logits)
+    return reconstruction_term(x1, x1_decoded)
 
 
 def adversary_term(verdicts):
@@ -495,18 +495,18 @@ def four_terms(model, adversary, triple, config, generator):
     }
     pairs = {name: pair for name, pair in pairs.items() if weights[name]}
     zs, ss = zip(*pairs.values())
-    logits = dict(zip(pairs, model.decoder(torch.cat(zs), torch.cat(ss)).split(len(x1))))
+    decoded = dict(zip(pairs, model.decode(torch.cat(zs), torch.cat(ss)).split(len(x1))))
 
     # Verdicts: one call of the adversary for both fakes, which claim to be of x2's class.
     judged = [name for name in ("adversary", "prior") if weights[name]]
-    fakes = torch.sigmoid(torch.cat([logits[name] for name in judged])) if judged else None
+    fakes = torch.cat([decoded[name] for name in judged]) if judged else None
     verdicts = adversary(fakes, id2.repeat(len(judged))).split(len(x1)) if judged else ()
     verdicts = dict(zip(judged, verdicts))
 
     terms = {
-        "reconstruction": lambda: reconstruction_term(x1, logits["reconstruction"]),
+        "reconstruction": lambda: reconstruction_term(x1, decoded["reconstruction"]),
         "kl": lambda: kl_term(mu, logvar),
-        "swap": lambda: swap_term(x1, logits["swap"]),
+        "swap": lambda: swap_term(x1, decoded["swap"]),
         "adversary": lambda: adversary_term(verdicts["adversary"]),
         "prior": lambda: prior_term(verdicts["prior"]),
     }
@@ -572,9 +572,9 @@ def train(config, data, checkpoint=None):
                 means = {name: (value / seen).item() for name, value in sums.items()}
                 for name, value in means.items():
                     if not math.isfinite(value):
-                        where = f"{name} is {value} at epoch {epoch}, step {step}"
-                        hint = "run again with a lower --learning-rate or lower weights; the last checkpoint stands"
                         print(end="\n" if live else "")
+                        where = f"{name} is {value} at epoch {epoch}, step {step}"
+                        hint = "a lower --learning-rate or lower weights may help; the last checkpoint stands"
                         raise UserError(f"{where}: {hint}")
                 rate = seen / (time.perf_counter() - start)
                 if live:
