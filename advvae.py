@@ -13,22 +13,23 @@ digit it is), and z, the *unspecified* ones (everything else: slant, stroke widt
 Nothing ever says what z should be; training only knows which images share a class. The paper's
 Figure 1, with this file's sections in brackets:
 
-    x1 -------- f_s --> s1 ---------+              +--> x1            term 1: reconstruction, KL of z1
-    x1, s1 ---- f_z --> z1 ------+  |              |
-    x1_same --- f_s --> s1_same -+--+-- decoder ---+--> x1            term 2: s1_same in s1's place
-    x2 -------- f_s --> s2 ------+  |    [1]       +--> Dec(z1, s2) --> adversary [1]    term 3
-    N(0, I) ----------> z ----------+              +--> Dec(z, s2) ---> adversary        term 4
-    triples [2]      codes [1]                        the four terms [3], one step, the loop [4]
+    triples [2]     x1;  x1_same, of x1's class;  x2, any image, of class id2
+    codes [1]       s1 = f_s(x1)      s1_same = f_s(x1_same)      s2 = f_s(x2)
+                    z1 ~ f_z(x1, s1)  z ~ N(0, I)
+    decoder [1]     Dec(z1, s1) ------> is it x1?      term 1 [3], with the KL of z1
+                    Dec(z1, s1_same) -> is it x1?      term 2
+                    Dec(z1, s2) ------> adversary      term 3   | the two fakes: each must
+                    Dec(z, s2) -------> adversary      term 4   | pass for a real image of id2
+    adversary [1]   learns to tell the real x2 from both fakes, given id2
 
-x1_same has x1's class; x2 is any image, and the adversary asks of it and of the two fakes: is this a
-real image of x2's class? Then: what do z and s know [5], and pictures, the swap grid last [6].
+One step and the loop [4]; what z and s know [5]; pictures, the swap grid last [6].
 
     python advvae.py --epochs 20            train, evaluate, draw into figures/
     python advvae.py --dataset typeset      the same with digits set in type: nothing to download
     python advvae.py --plot-only            draw again from advvae.pt
     python advvae.py --help                 every flag, its default and its unit
 
-Left out of the paper: its other data sets (Sprites, NORB, Extended YaleB) and their networks.
+Left out: the paper's other data sets (Sprites, NORB, Extended YaleB) and their networks.
 """
 
 import argparse
@@ -45,7 +46,6 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
-import torchvision
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -54,6 +54,8 @@ from matplotlib.textpath import TextPath
 from matplotlib.transforms import Affine2D
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torchvision import datasets
+from torchvision.utils import make_grid
 
 # --------------------------------------------------------------------------------------------------
 # Configuration: every hyperparameter once. The command line's flags are made from this class.
@@ -70,16 +72,19 @@ class UserError(Exception):
 
 @dataclass
 class Config:
-    """Every hyperparameter; the weights are of terms in nats per image. Raises UserError out of range."""
+    """Every hyperparameter. Weights multiply terms in nats (natural-log units) per image.
 
-    # Where no source is named, the value was chosen by measurement; the README's tables hold it.
+    Values are ours, chosen by measurement on MNIST, where no source is named. Raises UserError for
+    a value out of range.
+    """
+
     epochs: int = setting(20, 0, "passes over the training set, each image once as x1")
     batch_size: int = setting(256, 1, "triples a step (authors' code: 16)")
     learning_rate: float = setting(3e-3, 0, "of both Adams (authors': 0.01); falls to 0 in the second half")
-    seed: int = setting(0, 0, "same seed, same machine: same result")
+    seed: int = setting(0, 0, "same seed, same machine: same result on the CPU")
     reconstruction_weight: float = setting(0.2, 0, "of term 1's likelihood; 0 removes a term")
     kl_weight: float = setting(8.0, 0, "of term 1's KL")
-    swap_weight: float = setting(1.0, 0, "of term 2 (the unit of the other weights, as in the authors' code)")
+    swap_weight: float = setting(1.0, 0, "of term 2; the other weights are relative to it (authors' code: 1)")
     adversary_weight: float = setting(30.0, 0, "of term 3")
     prior_weight: float = setting(30.0, 0, "of term 4 (authors' code: 0)")
     s_dim: int = setting(16, 1, "dimensions of s (authors' code: 64)")
@@ -91,15 +96,15 @@ class Config:
         return {name: getattr(self, f"{name}_weight") for name in TERMS}
 
     def __post_init__(self):
-        for setting in fields(self):
-            value, low = getattr(self, setting.name), setting.metadata["low"]
-            if not low <= value < math.inf:
-                raise UserError(f"{setting.name} is {value}; it must be a number from {low} up")
+        for f in fields(self):
+            value, low = getattr(self, f.name), f.metadata["low"]
+            if not low <= value < 2**63:
+                raise UserError(f"{f.name} is {value}; it must be a number from {low} up, below 2**63")
         if not any(weight for name, weight in self.weights.items() if name != "kl"):
             raise UserError("every term that decodes has weight 0: there is nothing to train")
 
 
-TERMS = {"reconstruction": "1 reconstruction", "kl": "1 KL", "swap": "2 swap"}  # and what pictures call them
+TERMS = {"reconstruction": "1 reconstruction", "kl": "1 KL", "swap": "2 swap"}  # and their titles in output
 TERMS |= {"adversary": "3 adversary", "prior": "4 prior"}
 
 
@@ -166,13 +171,13 @@ class Decoder(nn.Module):
 
 
 class Adversary(nn.Module):
-    """Adv: images (N, 1, 28, 28) in [0, 1], class ids (N,) -> logits (N,) of "a real one of class id".
+    """Adv: images (N, 1, 28, 28) in [0, 1], class ids (N,) -> verdicts (N,): logits, > 0 for "real".
 
     Departure: the authors' code adds a learned map per class to the output of each convolution;
     here the features are compared with a learned vector per class (Miyato and Koyama 2018).
     EFFECT_MAPS
-    Departure: every layer is divided by its spectral norm (Miyato et al. 2018), which keeps the
-    adversary's slope, and so the push of terms 3 and 4, bounded. EFFECT_SN
+    Departure: every weight matrix is divided by its spectral norm (Miyato et al. 2018), which keeps
+    the adversary's slope, and so the push of terms 3 and 4, bounded. EFFECT_SN
     """
 
     def __init__(self, n_classes):
@@ -188,9 +193,9 @@ class Adversary(nn.Module):
 
 
 class AdvVAE(nn.Module):
-    """What training leaves: f_s, f_z and the decoder. The adversary serves training only."""
+    """What remains after training: f_s, f_z and the decoder. The adversary serves training only."""
 
-    def __init__(self, s_dim=16, z_dim=16):
+    def __init__(self, s_dim=Config.s_dim, z_dim=Config.z_dim):
         super().__init__()
         self.z_dim = z_dim
         self.f_s = SpecifiedEncoder(s_dim)
@@ -220,9 +225,9 @@ class AdvVAE(nn.Module):
 class TripleSampler:
     """Iterating gives one epoch of batches (x1, x1_same, x2, id2); each image is x1 exactly once.
 
-    images (M, 1, 28, 28) and labels (M,), any integers, lie on one device, where generator draws.
-    x1_same is uniform over x1's class (x1 included: a class may have one image only), x2 uniform
-    over all images; id2 is x2's label. The caption of the paper's Figure 1 defines the triple.
+    images (M, 1, 28, 28) and labels (M,), any integers, lie on one device, which is generator's too.
+    x1_same is uniform over x1's class, x2 over all images; id2 is x2's label (caption of Figure 1).
+    Departure: x1_same may be x1 itself, 1 draw in 6,000 on MNIST, so that a class may have one image.
     """
 
     def __init__(self, images, labels, batch_size, generator):
@@ -240,20 +245,21 @@ class TripleSampler:
         draw = {"generator": self.generator, "device": self.images.device}
         for i1 in torch.randperm(len(self.images), **draw).split(self.batch_size):
             c = self.class_of[i1]
+            # 2**40 is so large that the remainder is as good as uniform
             i1_same = self.by_class[self.first[c] + torch.randint(2**40, c.shape, **draw) % self.size[c]]
             i2 = torch.randint(len(self.images), c.shape, **draw)
             yield self.images[i1], self.images[i1_same], self.images[i2], self.labels[i2]
 
 
 class NotThere(UserError):
-    """A data set that is neither on the disk nor to be downloaded."""
+    """A data set that is not on the disk and can't be downloaded."""
 
 
 @dataclass
 class Data:
     """A data set on one device: images (M, 1, 28, 28) in [0, 1], labels (M,) = class ids 0, 1, ...
 
-    factors, test_factors: of typeset only, what `render` drew each image from.
+    factors, of typeset only: what `render` drew each image from, a dict of tensors (M,).
     """
 
     name: str
@@ -265,11 +271,7 @@ class Data:
     test_factors: dict | None = None
 
 
-IDX_DATASETS = {
-    "mnist": torchvision.datasets.MNIST,
-    "fashion-mnist": torchvision.datasets.FashionMNIST,
-    "kmnist": torchvision.datasets.KMNIST,
-}
+IDX_DATASETS = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
 
 
 def load_data(name, data_dir="data", device="cpu"):
@@ -293,7 +295,8 @@ def load_data(name, data_dir="data", device="cpu"):
     folder = Path(data_dir) / dataset.__name__ / "raw"
     files = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     absent = not all((folder / file).is_file() for file in files)
-    socket.setdefaulttimeout(20)  # seconds: some firewalls swallow a request without a word
+    if absent:
+        socket.setdefaulttimeout(20)  # seconds: some firewalls swallow a request without a word
     try:
         training, test = (dataset(data_dir, train=part, download=absent) for part in (True, False))
         for part in (training, test):
@@ -304,12 +307,10 @@ def load_data(name, data_dir="data", device="cpu"):
             raise ValueError("a class that only the test set has")
     except Exception as error:  # on bad files torchvision raises almost anything, AssertionError included
         why = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        if absent:
-            raise NotThere(
-                f"{name} is not in {folder} and can't be downloaded ({why}). Go online and run again, "
-                f"or put {', '.join(files)} there, or use --dataset typeset"
-            ) from error
-        raise UserError(f"{folder} holds no {name} ({why}); delete it to have it downloaded again") from error
+        if not absent:
+            raise UserError(f"{folder} holds no {name} ({why}); delete it and run again") from error
+        ways = f"go online and run again, or put {', '.join(files)} there, or use --dataset typeset"
+        raise NotThere(f"{name} is not in {folder} and can't be downloaded ({why}); {ways}") from error
     tensors = []
     for part in (training, test):
         tensors.append(part.data.unsqueeze(1).float().div(255).to(device))  # (M, 1, 28, 28)
@@ -318,19 +319,19 @@ def load_data(name, data_dir="data", device="cpu"):
 
 
 # The data set `typeset`: the digits of matplotlib's own fonts, each drawn with known slant, stroke
-# thickness, size and shift. Files of faces, with the degrees that each leans by. (cmmi10 is left out:
-# its old-style digits differ in size, so size would tell the class.)
+# thickness, size and shift. Files of faces, with the degrees that each leans by. (Left out: cmmi10,
+# whose old-style digits differ in size, so size would tell the class; cmti10, not in every version.)
 FACES = {f"DejaVu{face}": 0 for face in "Sans Sans-Bold SansMono SansMono-Bold Serif Serif-Bold".split()}
 FACES |= {f"DejaVu{face}Oblique": 11 for face in "Sans- Sans-Bold SansMono- SansMono-Bold".split()}
 FACES |= {"DejaVuSerif-Italic": 11, "DejaVuSerif-BoldItalic": 11, "STIXGeneral": 0, "STIXGeneralBol": 0}
 FACES |= {"STIXGeneralItalic": 16.3, "STIXGeneralBolIta": 16.3}
-FACES |= {"cmr10": 0, "cmb10": 0, "cmss10": 0, "cmtt10": 0, "cmti10": 14}
+FACES |= {"cmr10": 0, "cmb10": 0, "cmss10": 0, "cmtt10": 0}
 CELL, HEIGHT = 128, 80  # dots: a digit is rasterized HEIGHT tall in the middle of a square of CELL
 
 
 @functools.cache
 def glyph_atlas():
-    """Every face's digits as distances (21, 10, 64, 64), and every face's stroke thickness (21,).
+    """Every face's digits as distances (20, 10, 64, 64), and every face's stroke thickness (20,).
 
     A distance is to the digit's edge, positive inside; it and the thickness are in heights of a
     digit. Faces that lean are put upright first: an image's slant is then what `render` gives it.
@@ -347,7 +348,7 @@ def glyph_atlas():
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     dots = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
-    ink = 1 - dots.view(len(FACES), CELL, 10, CELL, 4)[..., 0].transpose(1, 2) / 255  # (21, 10, 128, 128)
+    ink = 1 - dots.view(len(FACES), CELL, 10, CELL, 4)[..., 0].transpose(1, 2) / 255  # (20, 10, 128, 128)
 
     def distance(on, reach=12):  # of each dot to the nearest one that is on, or reach if that is less
         d, squares = torch.where(on, 0, reach**2), torch.arange(-reach, reach + 1) ** 2
@@ -355,6 +356,7 @@ def glyph_atlas():
             d = (F.pad(d, pad, value=reach**2).unfold(axis, 2 * reach + 1, 1) + squares).amin(dim=-1)
         return d.sqrt()
 
+    # The edge lies half a dot from the nearest dot on its other side.
     signed = torch.stack([torch.where(on, distance(~on) - 0.5, 0.5 - distance(on)) for on in ink > 0.5])
     thickness = stroke_thickness(ink.reshape(-1, 1, CELL, CELL)).view(len(FACES), 10).mean(dim=1)
     return F.avg_pool2d(signed, 2) / HEIGHT, thickness / HEIGHT
@@ -386,7 +388,7 @@ def render(labels, factors):
 
 
 def typeset(n, generator, device="cpu"):
-    """n random digits by a CPU generator: images (n, 1, 28, 28), labels (n,), factors (see `render`)."""
+    """n random digits drawn with a CPU generator: images (n, 1, 28, 28), labels (n,), `render`'s factors."""
 
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, generator=generator)
@@ -394,7 +396,7 @@ def typeset(n, generator, device="cpu"):
     labels = torch.randint(10, (n,), generator=generator)
     factors = {"font": torch.randint(len(FACES), (n,), generator=generator), "slant": uniform(-0.5, 0.5)}
     factors |= {"size": uniform(16, 22), "shift_x": uniform(-2, 2), "shift_y": uniform(-2, 2)}
-    # Within what a face bears: a bold one thinned more loses its hairlines, fattened more its loops.
+    # Limits: thinner than that a bold face loses its hairlines; thicker, its loops fill.
     own = glyph_atlas()[1][factors["font"]] * factors["size"]
     factors["thickness"] = own + (uniform(1.5, 4.0) - own).clamp(-0.7, 2.0)
     labels, factors = labels.to(device), {name: factor.to(device) for name, factor in factors.items()}
@@ -427,36 +429,41 @@ def kl_term(mu, logvar):
 
 
 def swap_term(x1, x1_decoded):
-    """Term 2: the same with the code of another image of x1's class, so with Dec(z1, s1_same).
+    """Term 2: decoded with the code of another image of its class, x1 must still come out; scalar >= 0.
 
         -log p(x1 | z1, s1_same),   s1_same = f_s(x1_same)
 
-    x1_same must serve as well as x1 did, so s can carry only what a class shares.
+    So s can carry only what a class shares. Departure: the authors' code takes terms 1 and 2 for all
+    three images and in both directions, term 3 for two pairs; here each is taken once, for x1, at
+    less than half of the work a step.
     """
     return reconstruction_term(x1, x1_decoded)
 
 
 def adversary_term(verdicts):
-    """Term 3: a decoding with any other image's code must pass for a real one. Logits (N,); scalar >= 0.
+    """Term 3: a decoding with any image's s must pass for a real one. Verdicts (N,); scalar >= 0.
 
         -log sigmoid(Adv(Dec(z1, s2), id2))
 
     Whatever z1 knows of x1's class must not show. Terms 1 and 2 alone are content with a z that
-    carries everything and a decoder that ignores s.
+    carries everything and a decoder that ignores s. (softplus(-v) is -log sigmoid(v). To ascend the
+    adversary's own loss instead would give almost no gradient while the adversary wins.)
     """
     return F.softplus(-verdicts).mean()
 
 
 def prior_term(verdicts):
-    """Term 4: so must a decoding of a draw from the prior. Logits (N,); scalar >= 0.
+    """Term 4: a decoding of a draw from the prior must pass for a real one too. Verdicts (N,); scalar >= 0.
 
         -log sigmoid(Adv(Dec(z, s2), id2)),   z ~ N(0, I)
+
+    In Figure 1, but of weight 0 in the authors' code. Without it, a sample need not show its class.
     """
     return F.softplus(-verdicts).mean()
 
 
 def adversary_loss(real, fake):
-    """What the adversary descends: its logits on the real x2 (N,) and on the fakes (2N,); scalar >= 0.
+    """What the adversary descends: its verdicts on the real x2 (N,) and on the fakes (2N,); scalar >= 0.
 
         -log sigmoid(Adv(x2, id2)) - mean over the fakes of  log(1 - sigmoid(Adv(fake, id2)))
     """
@@ -514,8 +521,9 @@ def four_terms(model, adversary, triple, config, generator):
 
 
 def train_step(model, adversary, optimizer, adversary_optimizer, triple, config, generator):
-    """One step of either side on one batch of triples: a dict of the terms and the adversary's score."""
-    # Encoders and decoder descend the weighted terms. The adversary passes gradients on and stands still.
+    """One step of both sides on one batch of triples: a dict of the terms and the adversary's score."""
+    # Encoders and decoder descend the weighted terms. The adversary passes gradients on and stands still
+    # (eval() also rests the power iteration by which spectral_norm learns its norms).
     adversary.eval().requires_grad_(False)
     terms, fakes = four_terms(model, adversary, triple, config, generator)
     loss = sum(config.weights[name] * term for name, term in terms.items())
@@ -528,23 +536,22 @@ def train_step(model, adversary, optimizer, adversary_optimizer, triple, config,
 
     # The adversary learns to tell the real x2 from those fakes. Nothing else moves.
     adversary.train().requires_grad_(True)
-    _, _, x2, id2 = triple
+    x2, id2 = triple[2:]
     x = torch.cat([x2, fakes.detach()])
-    verdicts = adversary(x, id2.repeat(len(x) // len(x2)))
-    real, fake = verdicts[: len(x2)], verdicts[len(x2) :]
+    real, fake = adversary(x, id2.repeat(len(x) // len(x2))).split([len(x2), len(fakes)])
     loss = adversary_loss(real, fake)
     adversary_optimizer.zero_grad()
     loss.backward()
     adversary_optimizer.step()
-    measures |= {"right_on_real": (real > 0).float().mean(), "right_on_fakes": (fake < 0).float().mean()}
-    return measures | {"adversary_loss": loss.detach()}
+    right = {"right_on_real": (real > 0).float().mean(), "right_on_fakes": (fake < 0).float().mean()}
+    return measures | {"adversary_loss": loss.detach()} | right
 
 
 def train(config, data, checkpoint=None):
     """Train on data, on its device: the AdvVAE, and the history, a list of train_step's means by epoch.
 
     Writes checkpoint, if given, after every epoch. Ctrl-C ends training early. Raises UserError when
-    a loss is not finite any more; the last checkpoint is left as it was.
+    a loss is no longer finite; the checkpoint is left as it was.
     """
     torch.manual_seed(config.seed)  # for the networks' first weights; all the rest draws from generator
     generator = torch.Generator(data.images.device).manual_seed(config.seed)
@@ -552,19 +559,16 @@ def train(config, data, checkpoint=None):
     model = AdvVAE(config.s_dim, config.z_dim).to(**place)
     adversary = Adversary(int(data.labels.max()) + 1).to(**place)
     sampler = TripleSampler(data.images, data.labels, config.batch_size, generator)
-    adam = functools.partial(torch.optim.Adam, lr=config.learning_rate, betas=(0.5, 0.99))
-    optimizers = [adam(model.parameters()), adam(adversary.parameters())]
-    steps, live = max(1, config.epochs * len(sampler)), sys.stdout.isatty()
-    falling = lambda step: min(1, 2 * (1 - step / steps))  # noqa: E731
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, falling) for optimizer in optimizers]
-    history = []
+    optimizers = [torch.optim.Adam(net.parameters(), betas=(0.5, 0.99)) for net in (model, adversary)]
+    history, live = [], sys.stdout.isatty()
     try:
         for epoch in range(1, config.epochs + 1):
             start, seen, sums = time.perf_counter(), 0, {}
             for step, triple in enumerate(sampler, start=1):
+                done = ((epoch - 1) * len(sampler) + step - 1) / (config.epochs * len(sampler))
+                for optimizer in optimizers:
+                    optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, 2 * (1 - done))
                 measures = train_step(model, adversary, *optimizers, triple, config, generator)
-                for schedule in schedules:
-                    schedule.step()
                 seen += len(triple[0])
                 sums = {name: sums.get(name, 0) + value * len(triple[0]) for name, value in measures.items()}
                 if step % 20 and step < len(sampler):  # to read numbers at every step would stall a GPU
@@ -574,13 +578,13 @@ def train(config, data, checkpoint=None):
                     if not math.isfinite(value):
                         print(end="\n" if live else "")
                         where = f"{name} is {value} at epoch {epoch}, step {step}"
-                        hint = "a lower --learning-rate or lower weights may help; the last checkpoint stands"
+                        hint = "try a lower --learning-rate or lower weights; the checkpoint is as it was"
                         raise UserError(f"{where}: {hint}")
                 rate = seen / (time.perf_counter() - start)
                 if live:
-                    left = ((config.epochs - epoch + 1) * len(data.images) - seen) / rate
+                    left = round(((config.epochs - epoch + 1) * len(data.images) - seen) / rate)
                     line = f"epoch {epoch}/{config.epochs}  step {step}/{len(sampler)}  {rate:,.0f} images/s"
-                    line += f"  {left // 60:.0f} min {left % 60:02.0f} s left"
+                    line += f"  {left // 60} min {left % 60:02} s left"
                     print(f"\r{line}\033[K", end="", flush=True)
             history.append(means)
             line = "  ".join(f"{title} {means[name]:.2f}" for name, title in TERMS.items() if name in means)
@@ -593,7 +597,7 @@ def train(config, data, checkpoint=None):
                 save_checkpoint(checkpoint, config, data.name, model, adversary, history)
     except KeyboardInterrupt:
         print(f"\nCtrl-C: training ends in epoch {epoch}, and what it has learned is kept.", flush=True)
-    if checkpoint and (len(history) < config.epochs or not history):  # after Ctrl-C, and for --epochs 0
+    if checkpoint:  # once more: Ctrl-C may have come in mid-epoch, and --epochs 0 has none
         save_checkpoint(checkpoint, config, data.name, model, adversary, history)
     return model.eval(), history
 
@@ -649,7 +653,7 @@ def train_judge(data, generator):
 
 
 def slant(images):
-    """(N, 1, H, W) -> (N,): pixels to the right per pixel upward, by the second moments of the ink."""
+    """Slant, (N, 1, H, W) -> (N,): pixels to the right per pixel upward, by second moments of the ink."""
     ink = images[:, 0] / images.sum(dim=(1, 2, 3)).clamp_min(1e-6).view(-1, 1, 1)
     axes = torch.meshgrid(*(torch.arange(n, device=ink.device).float() for n in ink.shape[1:]), indexing="ij")
     dy, dx = (axis - (ink * axis).sum(dim=(1, 2), keepdim=True) for axis in axes)
@@ -657,21 +661,24 @@ def slant(images):
 
 
 def stroke_thickness(images):
-    """(N, 1, H, W) -> (N,) in pixels: twice the ink over the length of its edge, for a stroke has two."""
+    """(N, 1, H, W) -> (N,) in pixels: twice the ink over the length of its edge; a stroke has two edges."""
     x = F.pad(images[:, 0], (0, 1, 0, 1))
     edge = torch.hypot(x[:, :-1, 1:] - x[:, :-1, :-1], x[:, 1:, :-1] - x[:, :-1, :-1]).sum(dim=(1, 2))
     return 2 * x.sum(dim=(1, 2)) / edge.clamp_min(1e-6)
 
 
 def linear_r2(codes, factor, test_codes, test_factor):
-    """The share of test_factor's variance that a linear function, fitted to codes and factor, explains."""
-    codes, test_codes = (F.pad(c, (0, 1), value=1.0) for c in (codes, test_codes))
-    fitted = test_codes @ torch.linalg.lstsq(codes, factor.unsqueeze(1)).solution
+    """The share of test_factor (N,)'s variance that a linear function, fitted to codes (M, d), explains."""
+    # On the CPU, whose lstsq also solves for codes with a constant dimension.
+    codes, test_codes = (F.pad(c.cpu(), (0, 1), value=1.0) for c in (codes, test_codes))
+    factor, test_factor = factor.cpu(), test_factor.cpu()
+    fitted = test_codes @ torch.linalg.lstsq(codes, factor.unsqueeze(1), driver="gelsy").solution
     return 1 - ((test_factor - fitted.squeeze(1)).var() / test_factor.var()).item()
 
 
 def evaluate(model, data, seed=0):
-    """Print a table of what z and s know, and return it as a dict: accuracies in [0, 1], KL in nats.
+    """Print a table of what z and s know, and return its numbers as a dict: accuracies in [0, 1], KL
+    in nats an image, squared errors a pixel, r and R2 at most 1.
 
     What is fitted is fitted on the training images; every number is of the test images.
     """
@@ -696,8 +703,8 @@ def evaluate(model, data, seed=0):
         probe = functools.partial(probe_accuracy, labels=y, test_labels=test_y, generator=generator)
         accuracy = probe(lambda i: draw_z(mu[i], logvar[i]), test_z)
         report("z_accuracy", accuracy, "class told from sampled z", chance)
-        report("mu_accuracy", probe(lambda i: mu[i], test_mu), "class told from mu", chance)
-        report("s_accuracy", probe(lambda i: s[i], test_s), "class told from s", "1 is best")
+        report("mu_accuracy", probe(mu.__getitem__, test_mu), "class told from mu", chance)
+        report("s_accuracy", probe(s.__getitem__, test_s), "class told from s", "100% is best")
         judge = train_judge(data, generator)
 
     def share_of_class(images, labels):
@@ -717,10 +724,11 @@ def evaluate(model, data, seed=0):
     report("swap_accuracy", accuracy, "swapped image Dec(mu1, s2) has x2's class", real)
     report("prior_accuracy", share_of_class(sampled, test_y), "prior sample Dec(z, s2) has x2's class", real)
     diversity = spread(sampled) / spread(test_x)
-    report("prior_diversity", diversity, "variance of prior samples within a class", "real images 1")
+    report("prior_diversity", diversity, "within-class variance, prior samples / real images", "1 is best")
     error = (reconstructed - test_x).square().mean().item()
     report("reconstruction_mse", error, "reconstruction, squared error a pixel", "0 is best")
-    report("kl", kl_term(test_mu, test_logvar).item(), "KL of z, nats an image", "an empty z 0")
+    report("kl", kl_term(test_mu, test_logvar).item(), "KL of z, nats an image", "0: z is empty")
+    # Classes differ a little in both measures, so a perfect swap comes near 1 and 0 and not quite there.
     for name, measure in (("slant", slant), ("thickness", stroke_thickness)):
         for code, source, best in (("z", test_x, 1), ("s", test_x[other], 0)):
             correlation = torch.corrcoef(torch.stack([measure(swapped), measure(source)]))[0, 1].item()
@@ -748,7 +756,7 @@ def one_of_each_class(data, nth=0):
 
 
 def tint(images, color):
-    """(..., 1, 28, 28) -> (..., 3, 28, 28), on the CPU. Blue images give s, orange z; white are decoded."""
+    """(..., 1, 28, 28) -> (..., 3, 28, 28) on the CPU: blue gave s, orange gave z, white is decoded."""
     rgb = {"blue": (0.45, 0.75, 1.0), "orange": (1.0, 0.7, 0.3), "white": (1.0, 1.0, 1.0)}[color]
     return images.cpu() * torch.tensor(rgb).view(3, 1, 1)
 
@@ -756,9 +764,10 @@ def tint(images, color):
 def save_grid(path, title, caption, panels):
     """A PNG of panels side by side, each (images (R, C, 3, 28, 28), its x label, its y label)."""
     rows, columns = panels[0][0].shape[:2]
-    figure = Figure(figsize=(0.52 * columns * len(panels) + 1, 0.52 * rows + 1.3), layout="constrained")
+    size = (0.52 * columns + 0.4) * len(panels) + 0.4, 0.52 * rows + 1.3  # inches
+    figure = Figure(figsize=size, layout="constrained")
     for axes, (images, x_label, y_label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        grid = torchvision.utils.make_grid(images.flatten(0, 1), nrow=columns, padding=2, pad_value=0.25)
+        grid = make_grid(images.flatten(0, 1), nrow=columns, padding=2, pad_value=0.25)
         axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set(xticks=[], yticks=[], xlabel=x_label, ylabel=y_label)
     figure.suptitle(title)
@@ -768,8 +777,6 @@ def save_grid(path, title, caption, panels):
 
 def plot_curves(history, name, path):
     """train's history: the terms, and what the adversary gets right, by epoch."""
-    names = TERMS | {"adversary_loss": "adversary's own loss"}
-    names |= {"right_on_real": "real images", "right_on_fakes": "fakes"}
     panels = [
         ("terms 1 and 2", "nats per image", ("reconstruction", "swap", "kl")),
         ("terms 3 and 4", "nats per image", ("adversary", "prior", "adversary_loss")),
@@ -779,8 +786,8 @@ def plot_curves(history, name, path):
     for axes, (title, unit, keys) in zip(figure.subplots(1, 3), panels):
         for key in keys:
             if history and key in history[0]:
-                epochs = range(1, len(history) + 1)
-                axes.plot(epochs, [means[key] for means in history], ".-", label=names[key])
+                epochs, label = range(1, len(history) + 1), TERMS.get(key, key.replace("_", " "))
+                axes.plot(epochs, [means[key] for means in history], ".-", label=label)
                 axes.legend()
         axes.set(title=title, xlabel="epoch", ylabel=unit, ylim=(0, None))
     figure.suptitle(f"{name}: training")
@@ -794,7 +801,7 @@ def plot_samples(model, data, path):
     z = torch.randn(12, model.z_dim, generator=torch.Generator().manual_seed(0)).to(x.device)
     sampled = torch.stack([model.decode(z, s.expand(12, -1)) for s in model.f_s(x)])  # (10, 12, 1, 28, 28)
     images = torch.cat([tint(x[:, None], "blue"), tint(sampled, "white")], dim=1)
-    caption = "Each row keeps the class of its blue image. Each column has one random handwriting."
+    caption = "Each row keeps the class of its blue image. Each column has one random style."
     panel = images, "z ~ N(0, I), drawn once for each column", "s of the blue test image"
     save_grid(path, f"{data.name}: samples Dec(z, s)", caption, [panel])
 
@@ -809,7 +816,7 @@ def plot_interpolation(model, data, path):
     for k in range(0, min(len(a), 9), 3):
         s, zs = torch.lerp(s_a[k], s_b[k], t), torch.lerp(z_a[k], z_b[k], t)
         images = torch.stack([model.decode(z.expand(7, -1), s) for z in zs])  # (7, 7, 1, 28, 28)
-        panels.append((tint(images, "white"), "s: one class to the next", "z: one handwriting to another"))
+        panels.append((tint(images, "white"), "s: one class to the next", "z: one style to another"))
     caption = "Top left and bottom right: two test images, reconstructed. Other corners: z and s swapped."
     save_grid(path, f"{data.name}: interpolation of s and z", caption, panels)
 
@@ -850,23 +857,22 @@ def save_checkpoint(path, config, dataset, model, adversary, history):
     os.replace(f"{path}.tmp", path)
 
 
-def read_checkpoint(path, device="cpu"):
-    """The AdvVAE in eval mode, its data set's name, its history. Raises UserError if path is none."""
+def load_checkpoint(path, device="cpu"):
+    """The trained AdvVAE in eval mode, on device, with its data set's name as .dataset and its .history.
+
+    Raises UserError if there is no file path or if it is no checkpoint of this program.
+    """
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         model = AdvVAE(saved["config"]["s_dim"], saved["config"]["z_dim"])
         model.to(device, memory_format=torch.channels_last)  # as in training, to the last bit
         model.load_state_dict(saved["model"])
-        return model.eval(), saved["dataset"], saved["history"]
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}; train first, or name another") from error
+        model.dataset, model.history = saved["dataset"], saved["history"]
+    except OSError as error:
+        raise UserError(f"can't read {path} ({error.strerror}); train first, or name another") from error
     except Exception as error:  # torch.load raises almost anything on a file of another kind
         raise UserError(f"{path} is no checkpoint of advvae.py; move it, or name another") from error
-
-
-def load_checkpoint(path, device="cpu"):
-    """The trained AdvVAE in eval mode, on device. Raises UserError if path is no checkpoint of this file."""
-    return read_checkpoint(path, device)[0]
+    return model.eval()
 
 
 def command_line():
@@ -876,11 +882,10 @@ def command_line():
     training = parser.add_argument_group("training")
     weights = parser.add_argument_group("weights", "of the terms, which are all in nats per image")
     codes = parser.add_argument_group("codes")
-    for setting in fields(Config):
-        group = weights if "weight" in setting.name else codes if "dim" in setting.name else training
-        text, flag = setting.metadata["text"], f"--{setting.name.replace('_', '-')}"
-        group.add_argument(flag, type=setting.type, default=setting.default, metavar="N",
-                           help=f"{text} (default: {setting.default})")  # fmt: skip
+    for f in fields(Config):
+        group = weights if "weight" in f.name else codes if "dim" in f.name else training
+        flag, text = f"--{f.name.replace('_', '-')}", f"{f.metadata['text']} (default: {f.default})"
+        group.add_argument(flag, type=f.type, default=f.default, metavar="N", help=text)
     files = parser.add_argument_group("data, device, files")
     for flag, default, choices, text in (
         ("--dataset", "auto", ["auto", *IDX_DATASETS, "typeset"], "auto is mnist or, without that, typeset"),
@@ -895,37 +900,41 @@ def command_line():
     return parser
 
 
-def check_writable(folder):
-    """Make folder if need be. Raises UserError, before any training, if no file can be made in it."""
+def check_writable(path):
+    """Make path's folder. Raises UserError, before any training, if no file can be made at path."""
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        if not path.name or path.is_dir():
+            raise UserError(f"'{path}' is no name for a file; name another place")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()
     except OSError as error:
-        raise UserError(f"can't write into {folder} ({error.strerror}); name another place") from error
+        raise UserError(f"can't write {path} ({error.strerror}); name another place") from error
 
 
 def run(args):
     """What the command line asks for. Raises UserError."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = next(name for name in there if there[name]) if args.device == "auto" else args.device
-    if not there[device]:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in available if available[name]) if args.device == "auto" else args.device
+    if not available[device]:
         raise UserError(f"this machine, or this torch, has no {device}; use --device auto")
-    config = Config(**{setting.name: getattr(args, setting.name) for setting in fields(Config)})
-    check_writable(args.figures_dir)
+    config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
+    check_writable(Path(args.figures_dir) / "swap.png")
     if args.plot_only:
-        model, dataset, history = read_checkpoint(args.checkpoint, device)
-        if args.dataset not in ("auto", dataset):
-            raise UserError(f"{args.checkpoint} was trained on {dataset}, not on {args.dataset}")
-        return draw_figures(model, load_data(dataset, args.data_dir, device), history, args.figures_dir)
-    check_writable(Path(args.checkpoint).parent)
-    if os.path.lexists(args.checkpoint):
-        read_checkpoint(args.checkpoint)  # an older checkpoint is written over, anything else is not
+        model = load_checkpoint(args.checkpoint, device)
+        if args.dataset not in ("auto", model.dataset):
+            raise UserError(f"{args.checkpoint} was trained on {model.dataset}, not on {args.dataset}")
+        data = load_data(model.dataset, args.data_dir, device)
+        return draw_figures(model, data, model.history, args.figures_dir)
+    checkpoint = Path(args.checkpoint)
+    check_writable(checkpoint)
+    if checkpoint.exists():
+        load_checkpoint(checkpoint)  # an older checkpoint is written over, anything else is not
     data = load_data(args.dataset, args.data_dir, device)
     print(f"Training on {len(data.images):,} images of {data.name}, on {device}", flush=True)
-    model, history = train(config, data, args.checkpoint)
+    model, history = train(config, data, checkpoint)
     evaluate(model, data)
     draw_figures(model, data, history, args.figures_dir)
-    print(f"Weights in {args.checkpoint}: draw again with --plot-only, load with advvae.load_checkpoint")
+    print(f"Weights in {checkpoint}: draw again with --plot-only, load with advvae.load_checkpoint")
 
 
 def main(argv=None):
@@ -935,6 +944,8 @@ def main(argv=None):
         run(parser.parse_args(argv))
     except UserError as error:
         parser.exit(2, f"advvae.py: {error}\n")
+    except KeyboardInterrupt:  # outside of training, where there is nothing to keep
+        parser.exit(130, "\n")
 
 
 if __name__ == "__main__":
