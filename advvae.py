@@ -111,9 +111,12 @@ TERMS |= {"adversary": "3 adversary", "prior": "4 prior"}
 # --------------------------------------------------------------------------------------------------
 # 1. Networks: f_s, f_z, the decoder, the adversary
 #
+# Effects of departures are measured on MNIST after 6 epochs, seed 0, where the file as it stands gives:
+# class told from z 24.6 %, swapped class right 96.9 %, reconstruction .0221 (README, "Departures").
+#
 # Departure: the authors' networks for digits are four strided 4x4 convolutions on images padded to
 # 32x32. Here each 4x4 patch of pixels is folded into 16 channels, and the convolutions see 7x7 maps
-# only. EFFECT_NETWORKS
+# only, in half the time. Theirs: z 30.5 %, swap 98.2 %, reconstruction .0192.
 
 
 def trunk(norm=lambda layer: layer):
@@ -175,9 +178,10 @@ class Adversary(nn.Module):
 
     Departure: the authors' code adds a learned map per class to the output of each convolution;
     here the features are compared with a learned vector per class (Miyato and Koyama 2018).
-    EFFECT_MAPS
+    Theirs: z 27.0 %, swap 97.3 %, reconstruction .0192.
     Departure: every weight matrix is divided by its spectral norm (Miyato et al. 2018), which keeps
-    the adversary's slope, and so the push of terms 3 and 4, bounded. EFFECT_SN
+    the adversary's slope, and so the push of terms 3 and 4, bounded. Without:
+    z 33.5 %, swap 97.2 %, reconstruction .0237.
     """
 
     def __init__(self, n_classes):
@@ -415,7 +419,8 @@ def reconstruction_term(x1, x1_decoded):
         -log p(x1 | z1, s1) = sum over pixels of ((2 x1 - 1) - (2 x~ - 1))^2,   x~ = Dec(z1, s1)
 
     This is a Gaussian of variance 1/2 on pixels scaled to [-1, 1], without its constant: the squared
-    error of the authors' code. (Of the two usual likelihoods it served better: EFFECT_LIK)
+    error of the authors' code. (With the other usual likelihood, Bernoulli: z 25.3 %, swap 97.6 %, reconstruction
+    .0205, but less variety: .78 of real images' variance within a class instead of .87.)
     """
     return (2 * x1 - 2 * x1_decoded).square().sum() / len(x1)
 
@@ -433,9 +438,9 @@ def swap_term(x1, x1_decoded):
 
         -log p(x1 | z1, s1_same),   s1_same = f_s(x1_same)
 
-    So s can carry only what a class shares. Departure: the authors' code takes terms 1 and 2 for all
-    three images and in both directions, term 3 for two pairs; here each is taken once, for x1, at
-    less than half of the work a step.
+    So s can carry only what a class shares.
+    Departure: the authors' code takes terms 1 and 2 for all three images and in both directions, term
+    3 for two pairs; here each is taken once, for x1. Less work a step; the effect is not measured.
     """
     return reconstruction_term(x1, x1_decoded)
 
