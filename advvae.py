@@ -84,7 +84,7 @@ class Config:
     seed: int = setting(0, 0, "same seed, same machine: same result on the CPU")
     reconstruction_weight: float = setting(0.2, 0, "of term 1's likelihood; 0 removes a term")
     kl_weight: float = setting(8.0, 0, "of term 1's KL")
-    swap_weight: float = setting(1.0, 0, "of term 2; the other weights are relative to it (authors' code: 1)")
+    swap_weight: float = setting(1.0, 0, "of term 2, the unit of the other weights (authors' code: 1)")
     adversary_weight: float = setting(30.0, 0, "of term 3")
     prior_weight: float = setting(30.0, 0, "of term 4 (authors' code: 0)")
     s_dim: int = setting(16, 1, "dimensions of s (authors' code: 64)")
@@ -344,7 +344,7 @@ def glyph_atlas():
     for row, (face, degrees) in enumerate(FACES.items()):
         font = FontProperties(fname=f"{matplotlib.get_data_path()}/fonts/ttf/{face}.ttf")
         for digit in range(10):
-            outline = Affine2D().skew_deg(-degrees, 0).transform_path(TextPath((0, 0), str(digit), prop=font))
+            outline = TextPath((0, 0), str(digit), prop=font).transformed(Affine2D().skew_deg(-degrees, 0))
             (x0, y0), (x1, y1) = outline.get_extents().get_points()
             place = Affine2D().translate(-(x0 + x1) / 2, -(y0 + y1) / 2).scale(HEIGHT / (y1 - y0))
             place.translate(CELL * (digit + 0.5), CELL * (len(FACES) - row - 0.5))
@@ -419,8 +419,8 @@ def reconstruction_term(x1, x1_decoded):
         -log p(x1 | z1, s1) = sum over pixels of ((2 x1 - 1) - (2 x~ - 1))^2,   x~ = Dec(z1, s1)
 
     This is a Gaussian of variance 1/2 on pixels scaled to [-1, 1], without its constant: the squared
-    error of the authors' code. (With the other usual likelihood, Bernoulli: z 25.3 %, swap 97.6 %, reconstruction
-    .0205, but less variety: .78 of real images' variance within a class instead of .87.)
+    error of the authors' code. (With the other usual likelihood, Bernoulli: z 25.3 %, swap 97.6 %,
+    reconstruction .0205, but .78 of the real images' variance within a class instead of .87.)
     """
     return (2 * x1 - 2 * x1_decoded).square().sum() / len(x1)
 
@@ -630,7 +630,9 @@ def fit_classifier(net, inputs_at, labels, epochs, generator):
 def in_batches(function, *inputs):
     """function(*inputs), 1,000 rows at a time."""
     results = [function(*rows) for rows in zip(*(rows.split(1000) for rows in inputs))]
-    return tuple(torch.cat(r) for r in zip(*results)) if isinstance(results[0], tuple) else torch.cat(results)
+    if isinstance(results[0], tuple):
+        return tuple(map(torch.cat, zip(*results)))
+    return torch.cat(results)
 
 
 def probe_accuracy(codes, test_codes, labels, test_labels, generator):
@@ -660,7 +662,8 @@ def train_judge(data, generator):
 def slant(images):
     """Slant, (N, 1, H, W) -> (N,): pixels to the right per pixel upward, by second moments of the ink."""
     ink = images[:, 0] / images.sum(dim=(1, 2, 3)).clamp_min(1e-6).view(-1, 1, 1)
-    axes = torch.meshgrid(*(torch.arange(n, device=ink.device).float() for n in ink.shape[1:]), indexing="ij")
+    places = (torch.arange(n, device=ink.device).float() for n in ink.shape[1:])
+    axes = torch.meshgrid(*places, indexing="ij")
     dy, dx = (axis - (ink * axis).sum(dim=(1, 2), keepdim=True) for axis in axes)
     return -(ink * dx * dy).sum(dim=(1, 2)) / (ink * dy * dy).sum(dim=(1, 2)).clamp_min(1e-6)
 
@@ -835,14 +838,16 @@ def plot_swap(model, data, path):
     top = torch.cat([torch.zeros(1, 3, 28, 28), tint(x, "blue")])
     rows = torch.cat([tint(x[:, None], "orange"), tint(swapped, "white")], dim=1)
     caption = "White: Dec(z, s), the column's class in the row's style. On the diagonal, reconstructions."
-    panel = torch.cat([top[None], rows]), "s from the blue image above", "z from the orange image on the left"
+    grid = torch.cat([top[None], rows])
+    panel = grid, "s from the blue image above", "z from the orange image on the left"
     save_grid(path, f"{data.name}: swapping s and z of test images", caption, [panel])
 
 
 def draw_figures(model, data, history, folder):
     """All four pictures, as <data set>-<what>.png in folder."""
     plot_curves(history, data.name, Path(folder) / f"{data.name}-curves.png")
-    for what, plot in (("samples", plot_samples), ("interpolation", plot_interpolation), ("swap", plot_swap)):
+    plots = {"samples": plot_samples, "interpolation": plot_interpolation, "swap": plot_swap}
+    for what, plot in plots.items():
         plot(model, data, Path(folder) / f"{data.name}-{what}.png")
     print(f"Pictures in {folder}: {data.name}-swap.png, -interpolation, -samples, -curves", flush=True)
 
@@ -943,7 +948,7 @@ def run(args):
 
 
 def main(argv=None):
-    """The command line: train, evaluate, draw. What a user can put right ends in one line and exit code 2."""
+    """The command line: train, evaluate, draw. A UserError ends in one line on stderr and exit code 2."""
     parser = command_line()
     try:
         run(parser.parse_args(argv))
