@@ -500,6 +500,13 @@ def test_a_probe_finds_what_there_is_and_no_more():
     assert 0.12 < advvae.probe_accuracy(lambda i: codes[i], test_codes, labels, test_labels, seeded()) < 0.5
 
 
+def labelled_digits(n):
+    """A typeset Data of n training and 1,000 test images whose corner pixel tells the label."""
+    data = digits(n, test=1000)
+    data.images[:, 0, 0, 0], data.test_images[:, 0, 0, 0] = data.labels / 100, data.test_labels / 100
+    return data
+
+
 class Known(nn.Module):
     """A model whose codes are known: s is the label, read from a corner pixel; z the true slant and thickness."""
 
@@ -520,9 +527,7 @@ class Known(nn.Module):
 
 def test_evaluate_on_codes_with_known_answers(capsys):
     """s is the label: 100 %. z is slant and thickness: R2 near 1. The decoder ignores z: no diversity, no transfer."""
-    data = digits(12_000, test=1000)
-    for images, labels in ((data.images, data.labels), (data.test_images, data.test_labels)):
-        images[:, 0, 0, 0] = labels / 100
+    data = labelled_digits(12_000)
     r = advvae.evaluate(Known(data), data)
     assert r["s_accuracy"] == 1 and r["judge_accuracy"] > 0.97
     assert r["swap_accuracy"] > 0.9 and r["prior_accuracy"] > 0.9
@@ -548,9 +553,7 @@ class Leaky(Known):
 
 def test_sampled_z_is_probed_and_the_prior_is_sampled():
     """A class that only mu names, far under the noise, is told from mu and not from z; the prior has its own spread."""
-    data = digits(3000, test=1000)
-    for images, labels in ((data.images, data.labels), (data.test_images, data.test_labels)):
-        images[:, 0, 0, 0] = labels / 100
+    data = labelled_digits(3000)
     r = advvae.evaluate(Leaky(data), data)
     assert r["mu_accuracy"] > 0.99 and r["z_accuracy"] < 0.2
     assert r["kl"] == pytest.approx(1 / 30**2 / 2, rel=1e-3) and r["prior_diversity"] > 0.02
@@ -562,7 +565,9 @@ def test_evaluate_repeats_and_leaves_torchs_generator_alone(data, capsys):
     torch.manual_seed(7)
     first = advvae.evaluate(model, data)
     after = torch.rand(1)
-    assert advvae.evaluate(model, data) == pytest.approx(first, abs=1e-5)  # least squares may differ in a last bit
+    second = advvae.evaluate(model, data)
+    assert {k: v for k, v in second.items() if "_r2_" not in k} == {k: v for k, v in first.items() if "_r2_" not in k}
+    assert second == pytest.approx(first, abs=1e-5)  # on some versions LAPACK's least squares differ in a last bit
     torch.manual_seed(7)
     assert torch.equal(torch.rand(1), after)
 
@@ -793,7 +798,8 @@ def test_help_names_every_flag_and_default(capsys):
 def test_importing_does_nothing(tmp_path):
     """`import advvae` only defines: no output, no files."""
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); sys.dont_write_bytecode = True; import advvae"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    strict = ["-W", "error", "-W", "ignore::DeprecationWarning"]  # which matplotlib 3.9 has, of its own
+    result = subprocess.run([sys.executable, *strict, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and list(tmp_path.iterdir()) == []
 
 
