@@ -34,6 +34,7 @@ Left out: the paper's other data sets (Sprites, NORB, Extended YaleB) and their 
 
 import argparse
 import functools
+import io
 import math
 import os
 import socket
@@ -46,7 +47,6 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import PathPatch
@@ -61,22 +61,23 @@ from torchvision.utils import make_grid
 # Configuration: every hyperparameter once. The command line's flags are made from this class.
 
 
-def setting(default, low, text):
-    """A field of Config: its default, its least value, and what it is."""
-    return field(default=default, metadata={"low": low, "text": text})
+TERMS = "reconstruction", "kl", "swap", "adversary", "prior"
+CPUINFO = Path("/proc/cpuinfo")  # where Linux lists a processor's features
+BFLOAT16_IS_FAST = int(CPUINFO.exists() and "_bf16" in CPUINFO.read_text())  # avx512_bf16 or amx_bf16
 
 
 class UserError(Exception):
     """What the user can put right. main prints it as one line and exits with code 2."""
 
 
+def setting(default, low, text):
+    """A field of Config: its default, its least value, and what it is."""
+    return field(default=default, metadata={"low": low, "text": text})
+
+
 @dataclass
 class Config:
-    """Every hyperparameter. Weights multiply terms in nats (natural-log units) per image.
-
-    Values are ours, chosen by measurement on MNIST, where no source is named. Raises UserError for
-    a value out of range.
-    """
+    """Every hyperparameter, chosen by measurement on MNIST where no source is named. Raises UserError."""
 
     epochs: int = setting(20, 0, "passes over the training set, each image once as x1")
     batch_size: int = setting(256, 1, "triples a step (authors' code: 16)")
@@ -89,6 +90,7 @@ class Config:
     prior_weight: float = setting(30.0, 0, "of term 4 (authors' code: 0)")
     s_dim: int = setting(16, 1, "dimensions of s (authors' code: 64)")
     z_dim: int = setting(16, 1, "dimensions of z (authors' code: 512)")
+    bfloat16: int = setting(BFLOAT16_IS_FAST, 0, "1: bfloat16 networks; default 1 on CPUs built for it")
 
     @property
     def weights(self):
@@ -102,10 +104,6 @@ class Config:
                 raise UserError(f"{f.name} is {value}; it must be a number from {low} up, below 2**63")
         if not any(weight for name, weight in self.weights.items() if name != "kl"):
             raise UserError("every term that decodes has weight 0: there is nothing to train")
-
-
-TERMS = {"reconstruction": "1 reconstruction", "kl": "1 KL", "swap": "2 swap"}  # and their titles in output
-TERMS |= {"adversary": "3 adversary", "prior": "4 prior"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -129,22 +127,17 @@ def trunk(norm=lambda layer: layer):
     )  # fmt: skip
 
 
-class SpecifiedEncoder(nn.Module):
+class SpecifiedEncoder(nn.Sequential):
     """f_s: s = f_s(x), real-valued and deterministic. (N, 1, 28, 28) in [0, 1] -> (N, s_dim)."""
 
     def __init__(self, s_dim):
-        super().__init__()
-        self.net = nn.Sequential(trunk(), nn.Linear(1024, 128), nn.LeakyReLU(0.2), nn.Linear(128, s_dim))
-
-    def forward(self, x):
-        return self.net(x)
+        super().__init__(trunk(), nn.Linear(1024, 128), nn.LeakyReLU(0.2), nn.Linear(128, s_dim))
 
 
 class UnspecifiedEncoder(nn.Module):
     """f_z: mu, logvar = f_z(x, s). (N, 1, 28, 28) in [0, 1], (N, s_dim) -> twice (N, z_dim).
 
-    It sees s, so that z need not repeat what s says. (In the authors' code, unlike the paper, one
-    trunk gives both codes.)
+    It sees s, as in the paper, so that z need not repeat what s says. (Not so in the authors' code.)
     """
 
     def __init__(self, s_dim, z_dim):
@@ -153,7 +146,7 @@ class UnspecifiedEncoder(nn.Module):
         self.head = nn.Sequential(nn.Linear(1024 + s_dim, 128), nn.LeakyReLU(0.2), nn.Linear(128, 2 * z_dim))
 
     def forward(self, x, s):
-        return self.head(torch.cat([self.trunk(x), s], dim=1)).chunk(2, dim=1)
+        return self.head(torch.cat([self.trunk(x), s], dim=1)).float().chunk(2, dim=1)
 
 
 class Decoder(nn.Module):
@@ -166,11 +159,11 @@ class Decoder(nn.Module):
             nn.Linear(128, 16 * 7 * 7), nn.LeakyReLU(0.2), nn.Unflatten(1, (16, 7, 7)),
             nn.Conv2d(16, 32, 3, padding=1), nn.LeakyReLU(0.2),  # (N, 32, 7, 7)
             nn.Conv2d(32, 16, 3, padding=1),  # (N, 16, 7, 7): 16 channels are a 4x4 patch
-            nn.PixelShuffle(4), nn.Sigmoid(),  # (N, 1, 28, 28)
+            nn.PixelShuffle(4),  # (N, 1, 28, 28)
         )  # fmt: skip
 
     def forward(self, z, s):
-        return self.net(torch.cat([z, s], dim=1))
+        return self.net(torch.cat([z, s], dim=1)).float().sigmoid()
 
 
 class Adversary(nn.Module):
@@ -192,7 +185,7 @@ class Adversary(nn.Module):
         self.of_class = spectral_norm(nn.Embedding(n_classes, 128))
 
     def forward(self, x, id):
-        h = self.features(x)  # (N, 128)
+        h = self.features(x).float()  # (N, 128)
         return self.real(h).squeeze(1) + (self.of_class(id) * h).sum(dim=1)
 
 
@@ -255,10 +248,6 @@ class TripleSampler:
             yield self.images[i1], self.images[i1_same], self.images[i2], self.labels[i2]
 
 
-class NotThere(UserError):
-    """A data set that is not on the disk and can't be downloaded."""
-
-
 @dataclass
 class Data:
     """A data set on one device: images (M, 1, 28, 28) in [0, 1], labels (M,) = class ids 0, 1, ...
@@ -281,20 +270,14 @@ IDX_DATASETS = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
 def load_data(name, data_dir="data", device="cpu"):
     """The Data called name: a key of IDX_DATASETS (downloaded into data_dir if absent), typeset or auto.
 
-    auto is MNIST or, where it can't be had, typeset. Raises NotThere, or UserError for bad files.
+    auto is MNIST or, where it can't be had, typeset. Raises UserError.
     """
-    if name == "auto":
-        try:
-            return load_data("mnist", data_dir, device)
-        except NotThere as reason:
-            print("!" * 100, f"NOT MNIST BUT TYPESET, the embedded data set: {reason}", "!" * 100, sep="\n")
-            return load_data("typeset", data_dir, device)
     if name == "typeset":
         generator = torch.Generator().manual_seed(0)  # the same digits for every --seed and device
-        images, labels, factors = typeset(60_000, generator, device)
-        test_images, test_labels, test_factors = typeset(10_000, generator, device)
-        return Data(name, images, labels, test_images, test_labels, factors, test_factors)
+        training, test = typeset(60_000, generator, device), typeset(10_000, generator, device)
+        return Data(name, *training[:2], *test[:2], training[2], test[2])
 
+    auto, name = name == "auto", "mnist" if name == "auto" else name
     dataset = IDX_DATASETS[name]
     folder = Path(data_dir) / dataset.__name__ / "raw"
     files = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -302,24 +285,24 @@ def load_data(name, data_dir="data", device="cpu"):
     if absent:
         socket.setdefaulttimeout(20)  # seconds: some firewalls swallow a request without a word
     try:
-        training, test = (dataset(data_dir, train=part, download=absent) for part in (True, False))
-        for part in (training, test):
+        parts = [dataset(data_dir, train=part, download=absent) for part in (True, False)]
+        for part in parts:
             if not len(part.data) == len(part.targets) > 0 or part.data.shape[1:] != (28, 28):
                 raise ValueError(f"{len(part.targets)} labels for images {tuple(part.data.shape)}")
-        classes = training.targets.unique()
-        if not torch.isin(test.targets, classes).all():
-            raise ValueError("a class that only the test set has")
     except Exception as error:  # on bad files torchvision raises almost anything, AssertionError included
         why = (str(error).strip() or type(error).__name__).splitlines()[-1]
         if not absent:
             raise UserError(f"{folder} holds no {name} ({why}); delete it and run again") from error
-        ways = f"go online and run again, or put {', '.join(files)} there, or use --dataset typeset"
-        raise NotThere(f"{name} is not in {folder} and can't be downloaded ({why}); {ways}") from error
-    tensors = []
-    for part in (training, test):
-        tensors.append(part.data.unsqueeze(1).float().div(255).to(device))  # (M, 1, 28, 28)
-        tensors.append(torch.searchsorted(classes, part.targets).to(device))  # labels to 0, 1, ...
-    return Data(name, *tensors)
+        why = f"{name} is not in {folder} and can't be downloaded ({why}); go online and run again, or put "
+        why += f"{', '.join(files)} there, or use --dataset typeset"
+        if not auto:
+            raise UserError(why) from error
+        print("!" * 100, f"NOT MNIST BUT TYPESET, the embedded data set: {why}", "!" * 100, sep="\n")
+        return load_data("typeset", device=device)
+    images, test_images = (part.data.unsqueeze(1).to(device) / 255 for part in parts)  # (M, 1, 28, 28)
+    ids = torch.cat([part.targets for part in parts]).unique(return_inverse=True)[1]  # 0, 1, ...
+    labels, test_labels = ids.to(device).split([len(part.data) for part in parts])
+    return Data(name, images, labels, test_images, test_labels)
 
 
 # The data set `typeset`: the digits of matplotlib's own fonts, each drawn with known slant, stroke
@@ -349,9 +332,9 @@ def glyph_atlas():
             place = Affine2D().translate(-(x0 + x1) / 2, -(y0 + y1) / 2).scale(HEIGHT / (y1 - y0))
             place.translate(CELL * (digit + 0.5), CELL * (len(FACES) - row - 0.5))
             figure.add_artist(PathPatch(outline, transform=place, facecolor="black", linewidth=0))
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    dots = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    raster = io.BytesIO()
+    figure.savefig(raster, format="raw")  # white, with black digits
+    dots = torch.frombuffer(raster.getbuffer(), dtype=torch.uint8)
     ink = 1 - dots.view(len(FACES), CELL, 10, CELL, 4)[..., 0].transpose(1, 2) / 255  # (20, 10, 128, 128)
 
     def distance(on, reach=12):  # of each dot to the nearest one that is on, or reach if that is less
@@ -448,11 +431,10 @@ def swap_term(x1, x1_decoded):
 def adversary_term(verdicts):
     """Term 3: a decoding with any image's s must pass for a real one. Verdicts (N,); scalar >= 0.
 
-        -log sigmoid(Adv(Dec(z1, s2), id2))
+        -log sigmoid(Adv(Dec(z1, s2), id2)),   which is softplus(-Adv(Dec(z1, s2), id2))
 
-    Whatever z1 knows of x1's class must not show. Terms 1 and 2 alone are content with a z that
-    carries everything and a decoder that ignores s. (softplus(-v) is -log sigmoid(v). To ascend the
-    adversary's own loss instead would give almost no gradient while the adversary wins.)
+    Whatever z1 knows of x1's class must not show. Terms 1 and 2 alone are content with a z that carries
+    everything and a decoder that ignores s. (This form pushes even while the adversary wins.)
     """
     return F.softplus(-verdicts).mean()
 
@@ -482,36 +464,27 @@ def adversary_loss(real, fake):
 def four_terms(model, adversary, triple, config, generator):
     """Figure 1, once through: a dict of the terms, and the fakes (2N, 1, 28, 28) of terms 3 and 4.
 
-    A term of weight 0 is left out with all that only it needs: fewer fakes, or None without 3 and 4.
+    A term of weight 0 is left out with all that only it needs: images, decodings, fakes.
     """
     x1, x1_same, x2, id2 = triple
-    weights = config.weights
+    weights, none = config.weights, x1[:0]
+    judged = [name for name in ("adversary", "prior") if weights[name]]
 
-    # Codes: one call of f_s for all images.
-    images = {"x1": x1}
-    if weights["swap"]:
-        images["x1_same"] = x1_same
-    if weights["adversary"] or weights["prior"]:
-        images["x2"] = x2
-    s = dict(zip(images, model.f_s(torch.cat(list(images.values()))).split(len(x1))))
-    mu, logvar = model.f_z(x1, s["x1"])
+    # Codes: one call of f_s for the whole triple.
+    images = [x1, x1_same if weights["swap"] else none, x2 if judged else none]
+    s1, s1_same, s2 = model.f_s(torch.cat(images)).split([len(x) for x in images])
+    mu, logvar = model.f_z(x1, s1)
     z1 = model.reparameterize(mu, logvar, generator)
     z = torch.randn(z1.shape, generator=generator, device=z1.device)
 
     # Decodings: one call of the decoder for all pairs of codes.
-    pairs = {
-        "reconstruction": (z1, s["x1"]),
-        "swap": (z1, s.get("x1_same")),
-        "adversary": (z1, s.get("x2")),
-        "prior": (z, s.get("x2")),
-    }
+    pairs = {"reconstruction": (z1, s1), "swap": (z1, s1_same), "adversary": (z1, s2), "prior": (z, s2)}
     pairs = {name: pair for name, pair in pairs.items() if weights[name]}
     zs, ss = zip(*pairs.values())
     decoded = dict(zip(pairs, model.decode(torch.cat(zs), torch.cat(ss)).split(len(x1))))
 
     # Verdicts: one call of the adversary for both fakes, which claim to be of x2's class.
-    judged = [name for name in ("adversary", "prior") if weights[name]]
-    fakes = torch.cat([decoded[name] for name in judged]) if judged else None
+    fakes = torch.cat([none, *(decoded[name] for name in judged)])
     verdicts = adversary(fakes, id2.repeat(len(judged))).split(len(x1)) if judged else ()
     verdicts = dict(zip(judged, verdicts))
 
@@ -527,23 +500,26 @@ def four_terms(model, adversary, triple, config, generator):
 
 def train_step(model, adversary, optimizer, adversary_optimizer, triple, config, generator):
     """One step of both sides on one batch of triples: a dict of the terms and the adversary's score."""
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16 > 0)
+
     # Encoders and decoder descend the weighted terms. The adversary passes gradients on and stands still
     # (eval() also rests the power iteration by which spectral_norm learns its norms).
     adversary.eval().requires_grad_(False)
-    terms, fakes = four_terms(model, adversary, triple, config, generator)
-    loss = sum(config.weights[name] * term for name, term in terms.items())
+    with autocast:
+        terms, fakes = four_terms(model, adversary, triple, config, generator)
     optimizer.zero_grad()
-    loss.backward()
+    sum(config.weights[name] * term for name, term in terms.items()).backward()
     optimizer.step()
     measures = {name: term.detach() for name, term in terms.items()}
-    if fakes is None:
+    if not len(fakes):
         return measures
 
     # The adversary learns to tell the real x2 from those fakes. Nothing else moves.
     adversary.train().requires_grad_(True)
     x2, id2 = triple[2:]
     x = torch.cat([x2, fakes.detach()])
-    real, fake = adversary(x, id2.repeat(len(x) // len(x2))).split([len(x2), len(fakes)])
+    with autocast:
+        real, fake = adversary(x, id2.repeat(len(x) // len(x2))).split([len(x2), len(fakes)])
     loss = adversary_loss(real, fake)
     adversary_optimizer.zero_grad()
     loss.backward()
@@ -553,7 +529,7 @@ def train_step(model, adversary, optimizer, adversary_optimizer, triple, config,
 
 
 def train(config, data, checkpoint=None):
-    """Train on data, on its device: the AdvVAE, and the history, a list of train_step's means by epoch.
+    """Train on data, on its device: the AdvVAE, with load_checkpoint's attributes.
 
     Writes checkpoint, if given, after every epoch. Ctrl-C ends training early. Raises UserError when
     a loss is no longer finite; the checkpoint is left as it was.
@@ -563,54 +539,48 @@ def train(config, data, checkpoint=None):
     place = {"device": data.images.device, "memory_format": torch.channels_last}  # the fastest layout
     model = AdvVAE(config.s_dim, config.z_dim).to(**place)
     adversary = Adversary(int(data.labels.max()) + 1).to(**place)
+    model.dataset, model.history = data.name, []
     sampler = TripleSampler(data.images, data.labels, config.batch_size, generator)
     optimizers = [torch.optim.Adam(net.parameters(), betas=(0.5, 0.99)) for net in (model, adversary)]
-    history, live = [], sys.stdout.isatty()
     try:
         for epoch in range(1, config.epochs + 1):
-            start, seen, sums = time.perf_counter(), 0, {}
+            start, seen, sums = time.perf_counter(), 0, 0
             for step, triple in enumerate(sampler, start=1):
-                done = ((epoch - 1) * len(sampler) + step - 1) / (config.epochs * len(sampler))
+                done = (epoch - 1 + (step - 1) / len(sampler)) / config.epochs
                 for optimizer in optimizers:
                     optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, 2 * (1 - done))
                 measures = train_step(model, adversary, *optimizers, triple, config, generator)
                 seen += len(triple[0])
-                sums = {name: sums.get(name, 0) + value * len(triple[0]) for name, value in measures.items()}
+                sums += len(triple[0]) * torch.stack(list(measures.values()))
                 if step % 20 and step < len(sampler):  # to read numbers at every step would stall a GPU
                     continue
-                means = {name: (value / seen).item() for name, value in sums.items()}
+                means = dict(zip(measures, (sums / seen).tolist()))
                 for name, value in means.items():
                     if not math.isfinite(value):
-                        print(end="\n" if live else "")
-                        where = f"{name} is {value} at epoch {epoch}, step {step}"
                         hint = "try a lower --learning-rate or lower weights; the checkpoint is as it was"
-                        raise UserError(f"{where}: {hint}")
+                        raise UserError(f"{name} is {value} at epoch {epoch}, step {step}: {hint}")
                 rate = seen / (time.perf_counter() - start)
-                if live:
+                if sys.stdout.isatty():
                     left = round(((config.epochs - epoch + 1) * len(data.images) - seen) / rate)
                     line = f"epoch {epoch}/{config.epochs}  step {step}/{len(sampler)}  {rate:,.0f} images/s"
-                    line += f"  {left // 60} min {left % 60:02} s left"
-                    print(f"\r{line}\033[K", end="", flush=True)
-            history.append(means)
-            line = "  ".join(f"{title} {means[name]:.2f}" for name, title in TERMS.items() if name in means)
-            if "adversary_loss" in means:
-                line += f"  adversary's loss {means['adversary_loss']:.2f}, right on"
-                line += f" {means['right_on_real']:.0%} of real, {means['right_on_fakes']:.0%} of fakes"
-            clear = "\r\033[K" if live else ""
-            print(f"{clear}epoch {epoch}/{config.epochs}  {line}  {rate:,.0f} images/s", flush=True)
+                    print(f"{line}  {left // 60} min {left % 60:02} s left", end="\033[K\r", flush=True)
+            model.history.append(means)
+            line = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
+            print(f"epoch {epoch}/{config.epochs}  {line}  {rate:,.0f} images/s", flush=True)
             if checkpoint:
-                save_checkpoint(checkpoint, config, data.name, model, adversary, history)
+                save_checkpoint(checkpoint, config, model, adversary)
     except KeyboardInterrupt:
         print(f"\nCtrl-C: training ends in epoch {epoch}, and what it has learned is kept.", flush=True)
     if checkpoint:  # once more: Ctrl-C may have come in mid-epoch, and --epochs 0 has none
-        save_checkpoint(checkpoint, config, data.name, model, adversary, history)
-    return model.eval(), history
+        save_checkpoint(checkpoint, config, model, adversary)
+    return model.eval()
 
 
 # --------------------------------------------------------------------------------------------------
 # 5. What do z and s know?
 
 
+@torch.enable_grad()
 def fit_classifier(net, inputs_at, labels, epochs, generator):
     """Train net to tell labels (M,) from inputs_at(indices); returns it in eval mode."""
     steps = math.ceil(len(labels) / 500)
@@ -626,27 +596,22 @@ def fit_classifier(net, inputs_at, labels, epochs, generator):
     return net.eval()
 
 
-@torch.no_grad()
-def in_batches(function, *inputs):
-    """function(*inputs), 1,000 rows at a time."""
-    results = [function(*rows) for rows in zip(*(rows.split(1000) for rows in inputs))]
-    if isinstance(results[0], tuple):
-        return tuple(map(torch.cat, zip(*results)))
-    return torch.cat(results)
+def accuracy(net, inputs, labels):
+    """The share in [0, 1] of inputs whose class, labels (N,), net tells."""
+    return (net(inputs).argmax(dim=1) == labels).float().mean().item()
 
 
 def probe_accuracy(codes, test_codes, labels, test_labels, generator):
-    """The accuracy in [0, 1] of a two-hidden-layer network that tells the class from a code, (M, d).
+    """The test accuracy in [0, 1] of a two-hidden-layer network that tells the class from a code, (M, d).
 
-    codes is a function of indices, so that z can be drawn anew each time. Trained on the training
-    set, read on the test set; the paper's experiments have such classifiers too.
+    codes is a function of indices: z is drawn anew each time. The paper has such classifiers too.
     """
     net = nn.Sequential(
         nn.Linear(test_codes.shape[1], 256), nn.BatchNorm1d(256), nn.ReLU(),
         nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, int(labels.max()) + 1),
     )  # fmt: skip
     fit_classifier(net.to(labels.device), codes, labels, epochs=15, generator=generator)
-    return (in_batches(net, test_codes).argmax(dim=1) == test_labels).float().mean().item()
+    return accuracy(net, test_codes, test_labels)
 
 
 def train_judge(data, generator):
@@ -656,7 +621,7 @@ def train_judge(data, generator):
         nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),  # (N, 64, 7, 7)
         nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, int(data.labels.max()) + 1),
     ).to(data.images.device, memory_format=torch.channels_last)  # fmt: skip
-    return fit_classifier(net, lambda i: data.images[i], data.labels, epochs=3, generator=generator)
+    return fit_classifier(net, data.images.__getitem__, data.labels, epochs=3, generator=generator)
 
 
 def slant(images):
@@ -677,80 +642,72 @@ def stroke_thickness(images):
 
 def linear_r2(codes, factor, test_codes, test_factor):
     """The share of test_factor (N,)'s variance that a linear function, fitted to codes (M, d), explains."""
-    # On the CPU, whose lstsq also solves for codes with a constant dimension.
     codes, test_codes = (F.pad(c.cpu(), (0, 1), value=1.0) for c in (codes, test_codes))
-    factor, test_factor = factor.cpu(), test_factor.cpu()
+    factor, test_factor = factor.cpu(), test_factor.cpu()  # whose lstsq solves for constant dimensions too
     fitted = test_codes @ torch.linalg.lstsq(codes, factor.unsqueeze(1), driver="gelsy").solution
     return 1 - ((test_factor - fitted.squeeze(1)).var() / test_factor.var()).item()
 
 
+@torch.no_grad()
+@torch.random.fork_rng(devices=[])  # the caller's random numbers go on as before
 def evaluate(model, data, seed=0):
-    """Print a table of what z and s know, and return its numbers as a dict: accuracies in [0, 1], KL
-    in nats an image, squared errors a pixel, r and R2 at most 1.
+    """Print a table of what z and s know, and return its numbers as a dict; accuracies are in [0, 1].
 
     What is fitted is fitted on the training images; every number is of the test images.
     """
     x, y, test_x, test_y = data.images, data.labels, data.test_images, data.test_labels
+    torch.manual_seed(seed)  # for the classifiers' first weights
     generator = torch.Generator(x.device).manual_seed(seed)
-    s, mu, logvar = in_batches(model.eval().encode, x)
-    test_s, test_mu, test_logvar = in_batches(model.encode, test_x)
     draw_z = functools.partial(model.reparameterize, generator=generator)
+    s, mu, logvar = model.eval().encode(x)
+    test_s, test_mu, test_logvar = model.encode(test_x)
     z, test_z = draw_z(mu, logvar), draw_z(test_mu, test_logvar)
-    r = {}
+    other = torch.randperm(len(test_y), generator=generator, device=x.device)  # who gives s to each z
+    reconstructed, swapped = model.decode(test_mu, test_s), model.decode(test_mu, test_s[other])
+    sampled = model.decode(draw_z(0 * test_mu, 0 * test_logvar), test_s)  # z ~ N(0, I)
+    results = {}
 
     def report(key, value, what, against):
-        r[key] = value
+        results[key] = value
         style = ".1%" if key.endswith("accuracy") else ".4f" if key.endswith("mse") else ".2f"
         print(f"  {what:<53}{value:>7{style}}   ({against})", flush=True)
 
     print(f"\nWhat z and s know ({data.name}, test images)")
-    r["majority_rate"] = test_y.bincount().max().item() / len(test_y)
-    chance = f"chance {r['majority_rate']:.1%}"
-    with torch.random.fork_rng(devices=[]):  # layers draw their first weights from torch's own generator
-        torch.manual_seed(seed)
-        probe = functools.partial(probe_accuracy, labels=y, test_labels=test_y, generator=generator)
-        accuracy = probe(lambda i: draw_z(mu[i], logvar[i]), test_z)
-        report("z_accuracy", accuracy, "class told from sampled z", chance)
-        report("mu_accuracy", probe(mu.__getitem__, test_mu), "class told from mu", chance)
-        report("s_accuracy", probe(s.__getitem__, test_s), "class told from s", "100% is best")
-        judge = train_judge(data, generator)
-
-    def share_of_class(images, labels):
-        return (in_batches(judge, images).argmax(dim=1) == labels).float().mean().item()
-
-    def spread(images):  # within the classes
-        return sum(images[test_y == c].var(dim=0, correction=0).sum().item() for c in test_y.unique())
-
-    # Each test image gives its z to one swap and its s to another.
-    other = torch.randperm(len(test_y), generator=generator, device=x.device)
-    reconstructed, swapped = (in_batches(model.decode, test_mu, s2) for s2 in (test_s, test_s[other]))
-    from_prior = draw_z(0 * test_mu, 0 * test_logvar)
-    sampled = in_batches(model.decode, from_prior, test_s)
-    r["judge_accuracy"] = share_of_class(test_x, test_y)
-    real = f"real images {r['judge_accuracy']:.1%}"
-    accuracy = share_of_class(swapped, test_y[other])
-    report("swap_accuracy", accuracy, "swapped image Dec(mu1, s2) has x2's class", real)
-    report("prior_accuracy", share_of_class(sampled, test_y), "prior sample Dec(z, s2) has x2's class", real)
-    diversity = spread(sampled) / spread(test_x)
-    report("prior_diversity", diversity, "within-class variance, prior samples / real images", "1 is best")
-    error = (reconstructed - test_x).square().mean().item()
+    results["majority_rate"] = test_y.bincount().max().item() / len(test_y)
+    chance = f"chance {results['majority_rate']:.1%}"
+    probe = functools.partial(probe_accuracy, labels=y, test_labels=test_y, generator=generator)
+    from_z = probe(lambda i: draw_z(mu[i], logvar[i]), test_z)
+    report("z_accuracy", from_z, "class told from sampled z", chance)
+    report("mu_accuracy", probe(mu.__getitem__, test_mu), "class told from mu", chance)
+    report("s_accuracy", probe(s.__getitem__, test_s), "class told from s", "100% is best")
+    judge = train_judge(data, generator)
+    results["judge_accuracy"] = accuracy(judge, test_x, test_y)
+    real = f"real images {results['judge_accuracy']:.1%}"
+    swaps, samples = accuracy(judge, swapped, test_y[other]), accuracy(judge, sampled, test_y)
+    report("swap_accuracy", swaps, "swapped image Dec(mu1, s2) has x2's class", real)
+    report("prior_accuracy", samples, "prior sample Dec(z, s2) has x2's class", real)
+    classes = [test_y == c for c in test_y.unique()]
+    spread, real_spread = (sum(x[c].var(0, correction=0).sum() for c in classes) for x in (sampled, test_x))
+    what = "within-class variance, prior samples / real images"
+    report("prior_diversity", (spread / real_spread).item(), what, "1 is best")
+    error = F.mse_loss(reconstructed, test_x).item()
     report("reconstruction_mse", error, "reconstruction, squared error a pixel", "0 is best")
     report("kl", kl_term(test_mu, test_logvar).item(), "KL of z, nats an image", "0: z is empty")
     # Classes differ a little in both measures, so a perfect swap comes near 1 and 0 and not quite there.
     for name, measure in (("slant", slant), ("thickness", stroke_thickness)):
         for code, source, best in (("z", test_x, 1), ("s", test_x[other], 0)):
-            correlation = torch.corrcoef(torch.stack([measure(swapped), measure(source)]))[0, 1].item()
+            r = torch.corrcoef(torch.stack([measure(swapped), measure(source)]))[0, 1].item()
             what = f"{name} of swapped image and of {code}'s source, r"
-            report(f"{name}_from_{code}", correlation, what, f"{best} is best")
+            report(f"{name}_from_{code}", r, what, f"{best} is best")
+    for name in ("slant", "thickness", "size", "shift_x", "shift_y") if data.factors else ():
+        for code, codes, test_codes, best in (("z", z, test_z, 1), ("s", s, test_s, 0)):
+            r2 = linear_r2(codes, data.factors[name], test_codes, data.test_factors[name])
+            report(f"{code}_r2_{name}", r2, f"true {name} from {code}, linear R2", f"{best} is best")
     if data.factors:
-        for name in ("slant", "thickness", "size", "shift_x", "shift_y"):
-            for code, codes, test_codes, best in (("z", z, test_z, 1), ("s", s, test_s, 0)):
-                r2 = linear_r2(codes, data.factors[name], test_codes, data.test_factors[name])
-                report(f"{code}_r2_{name}", r2, f"true {name} from {code}, linear R2", f"{best} is best")
-        error = (swapped - render(test_y[other], data.test_factors)).square().mean().item()
+        error = F.mse_loss(swapped, render(test_y[other], data.test_factors)).item()
         report("swap_true_mse", error, "swapped image and its true rendering, squared error", "0 is best")
     print(flush=True)
-    return r
+    return results
 
 
 # --------------------------------------------------------------------------------------------------
@@ -769,12 +726,12 @@ def tint(images, color):
     return images.cpu() * torch.tensor(rgb).view(3, 1, 1)
 
 
-def save_grid(path, title, caption, panels):
-    """A PNG of panels side by side, each (images (R, C, 3, 28, 28), its x label, its y label)."""
-    rows, columns = panels[0][0].shape[:2]
+def save_grid(path, title, caption, x_label, y_label, *panels):
+    """A PNG of panels (R, C, 3, 28, 28) side by side, each with both labels."""
+    rows, columns = panels[0].shape[:2]
     size = (0.52 * columns + 0.4) * len(panels) + 0.4, 0.52 * rows + 1.3  # inches
     figure = Figure(figsize=size, layout="constrained")
-    for axes, (images, x_label, y_label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    for axes, images in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         grid = make_grid(images.flatten(0, 1), nrow=columns, padding=2, pad_value=0.25)
         axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set(xticks=[], yticks=[], xlabel=x_label, ylabel=y_label)
@@ -783,22 +740,20 @@ def save_grid(path, title, caption, panels):
     figure.savefig(path, dpi=110)
 
 
-def plot_curves(history, name, path):
-    """train's history: the terms, and what the adversary gets right, by epoch."""
-    panels = [
+def plot_curves(model, data, path):
+    """model's history: the terms, and what the adversary gets right, by epoch."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axes, (title, unit, keys) in zip(figure.subplots(1, 3), (
         ("terms 1 and 2", "nats per image", ("reconstruction", "swap", "kl")),
         ("terms 3 and 4", "nats per image", ("adversary", "prior", "adversary_loss")),
         ("the adversary is right on", "share of images", ("right_on_real", "right_on_fakes")),
-    ]
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    for axes, (title, unit, keys) in zip(figure.subplots(1, 3), panels):
+    )):  # fmt: skip
         for key in keys:
-            if history and key in history[0]:
-                epochs, label = range(1, len(history) + 1), TERMS.get(key, key.replace("_", " "))
-                axes.plot(epochs, [means[key] for means in history], ".-", label=label)
-                axes.legend()
+            values = [means[key] for means in model.history if key in means]
+            axes.plot(range(1, len(values) + 1), values, ".-", label=key.replace("_", " "))
         axes.set(title=title, xlabel="epoch", ylabel=unit, ylim=(0, None))
-    figure.suptitle(f"{name}: training")
+        axes.legend()
+    figure.suptitle(f"{data.name}: training")
     figure.savefig(path, dpi=110)
 
 
@@ -808,10 +763,10 @@ def plot_samples(model, data, path):
     x = one_of_each_class(data)
     z = torch.randn(12, model.z_dim, generator=torch.Generator().manual_seed(0)).to(x.device)
     sampled = torch.stack([model.decode(z, s.expand(12, -1)) for s in model.f_s(x)])  # (10, 12, 1, 28, 28)
-    images = torch.cat([tint(x[:, None], "blue"), tint(sampled, "white")], dim=1)
     caption = "Each row keeps the class of its blue image. Each column has one random style."
-    panel = images, "z ~ N(0, I), drawn once for each column", "s of the blue test image"
-    save_grid(path, f"{data.name}: samples Dec(z, s)", caption, [panel])
+    labels = "z ~ N(0, I), drawn once for each column", "s of the blue test image"
+    images = torch.cat([tint(x[:, None], "blue"), tint(sampled, "white")], dim=1)
+    save_grid(path, f"{data.name}: samples Dec(z, s)", caption, *labels, images)
 
 
 @torch.no_grad()
@@ -819,14 +774,15 @@ def plot_interpolation(model, data, path):
     """Between two test images, three times: s along the horizontal axis, z along the vertical one."""
     a, b = one_of_each_class(data), one_of_each_class(data, nth=1).roll(-1, dims=0)
     (s_a, z_a, _), (s_b, z_b, _) = model.encode(a), model.encode(b)
-    t = torch.linspace(0, 1, 7, device=a.device).unsqueeze(1)
+    t = torch.linspace(0, 1, 7, device=s_a.device).unsqueeze(1)
     panels = []
-    for k in range(0, min(len(a), 9), 3):
+    for k in range(0, min(len(s_a), 9), 3):
         s, zs = torch.lerp(s_a[k], s_b[k], t), torch.lerp(z_a[k], z_b[k], t)
         images = torch.stack([model.decode(z.expand(7, -1), s) for z in zs])  # (7, 7, 1, 28, 28)
-        panels.append((tint(images, "white"), "s: one class to the next", "z: one style to another"))
+        panels.append(tint(images, "white"))
     caption = "Top left and bottom right: two test images, reconstructed. Other corners: z and s swapped."
-    save_grid(path, f"{data.name}: interpolation of s and z", caption, panels)
+    labels = "s: one class to the next", "z: one style to another"
+    save_grid(path, f"{data.name}: interpolation of s and z", caption, *labels, *panels)
 
 
 @torch.no_grad()
@@ -838,17 +794,15 @@ def plot_swap(model, data, path):
     top = torch.cat([torch.zeros(1, 3, 28, 28), tint(x, "blue")])
     rows = torch.cat([tint(x[:, None], "orange"), tint(swapped, "white")], dim=1)
     caption = "White: Dec(z, s), the column's class in the row's style. On the diagonal, reconstructions."
+    labels = "s from the blue image above", "z from the orange image on the left"
     grid = torch.cat([top[None], rows])
-    panel = grid, "s from the blue image above", "z from the orange image on the left"
-    save_grid(path, f"{data.name}: swapping s and z of test images", caption, [panel])
+    save_grid(path, f"{data.name}: swapping s and z of test images", caption, *labels, grid)
 
 
-def draw_figures(model, data, history, folder):
+def draw_figures(model, data, folder):
     """All four pictures, as <data set>-<what>.png in folder."""
-    plot_curves(history, data.name, Path(folder) / f"{data.name}-curves.png")
-    plots = {"samples": plot_samples, "interpolation": plot_interpolation, "swap": plot_swap}
-    for what, plot in plots.items():
-        plot(model, data, Path(folder) / f"{data.name}-{what}.png")
+    for plot in (plot_curves, plot_samples, plot_interpolation, plot_swap):
+        plot(model, data, Path(folder) / f"{data.name}-{plot.__name__.removeprefix('plot_')}.png")
     print(f"Pictures in {folder}: {data.name}-swap.png, -interpolation, -samples, -curves", flush=True)
 
 
@@ -856,9 +810,9 @@ def draw_figures(model, data, history, folder):
 # The checkpoint and the command line
 
 
-def save_checkpoint(path, config, dataset, model, adversary, history):
+def save_checkpoint(path, config, model, adversary):
     """Write path in one go: a temporary file beside it takes its name once it is whole and on the disk."""
-    saved = {"config": asdict(config), "dataset": dataset, "history": history}
+    saved = {"config": asdict(config), "dataset": model.dataset, "history": model.history}
     saved |= {"model": model.state_dict(), "adversary": adversary.state_dict()}
     with open(f"{path}.tmp", "wb") as file:
         torch.save(saved, file)
@@ -885,73 +839,56 @@ def load_checkpoint(path, device="cpu"):
     return model.eval()
 
 
-def command_line():
-    """The parser: a flag for each field of Config, then where things come from and go to."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.error = lambda message: parser.exit(2, f"advvae.py: {message}; see python advvae.py --help\n")
-    training = parser.add_argument_group("training")
-    weights = parser.add_argument_group("weights", "of the terms, which are all in nats per image")
-    codes = parser.add_argument_group("codes")
-    for f in fields(Config):
-        group = weights if "weight" in f.name else codes if "dim" in f.name else training
-        flag, text = f"--{f.name.replace('_', '-')}", f"{f.metadata['text']} (default: {f.default})"
-        group.add_argument(flag, type=f.type, default=f.default, metavar="N", help=text)
-    files = parser.add_argument_group("data, device, files")
-    for flag, default, choices, text in (
-        ("--dataset", "auto", ["auto", *IDX_DATASETS, "typeset"], "auto is mnist or, without that, typeset"),
-        ("--data-dir", "data", None, "folder where data sets lie or are downloaded to"),
-        ("--device", "auto", ["auto", "cpu", "cuda", "mps"], "auto is cuda, else mps, else cpu"),
-        ("--checkpoint", "advvae.pt", None, "file, written after every epoch"),
-        ("--figures-dir", "figures", None, "folder for the pictures"),
-    ):
-        text, metavar = f"{text} (default: {default})", None if choices else "PATH"
-        files.add_argument(flag, default=default, choices=choices, metavar=metavar, help=text)
-    files.add_argument("--plot-only", action="store_true", help="only draw again, from --checkpoint")
-    return parser
-
-
-def check_writable(path):
-    """Make path's folder. Raises UserError, before any training, if no file can be made at path."""
-    try:
-        if not path.name or path.is_dir():
-            raise UserError(f"'{path}' is no name for a file; name another place")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()
-    except OSError as error:
-        raise UserError(f"can't write {path} ({error.strerror}); name another place") from error
-
-
-def run(args):
-    """What the command line asks for. Raises UserError."""
+def run(args, config):
+    """What the command line asks for, in main's args. Raises UserError."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in available if available[name]) if args.device == "auto" else args.device
     if not available[device]:
         raise UserError(f"this machine, or this torch, has no {device}; use --device auto")
-    config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
-    check_writable(Path(args.figures_dir) / "swap.png")
-    if args.plot_only:
-        model = load_checkpoint(args.checkpoint, device)
-        if args.dataset not in ("auto", model.dataset):
-            raise UserError(f"{args.checkpoint} was trained on {model.dataset}, not on {args.dataset}")
-        data = load_data(model.dataset, args.data_dir, device)
-        return draw_figures(model, data, model.history, args.figures_dir)
-    checkpoint = Path(args.checkpoint)
-    check_writable(checkpoint)
-    if checkpoint.exists():
-        load_checkpoint(checkpoint)  # an older checkpoint is written over, anything else is not
-    data = load_data(args.dataset, args.data_dir, device)
-    print(f"Training on {len(data.images):,} images of {data.name}, on {device}", flush=True)
-    model, history = train(config, data, checkpoint)
-    evaluate(model, data)
-    draw_figures(model, data, history, args.figures_dir)
-    print(f"Weights in {checkpoint}: draw again with --plot-only, load with advvae.load_checkpoint")
+    checkpoint, picture = Path(args.checkpoint), Path(args.figures_dir) / "swap.png"
+    for path in [picture] if args.plot_only else [picture, checkpoint]:
+        try:
+            if not path.name or path.is_dir():
+                raise UserError(f"'{path}' is no name for a file; name another place")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()
+        except OSError as error:
+            raise UserError(f"can't write {path} ({error.strerror}); name another place") from error
+    # An older checkpoint is written over, any other file is not.
+    model = load_checkpoint(checkpoint, device) if args.plot_only or checkpoint.exists() else None
+    if args.plot_only and args.dataset not in ("auto", model.dataset):
+        raise UserError(f"{checkpoint} was trained on {model.dataset}, not on {args.dataset}")
+    data = load_data(model.dataset if args.plot_only else args.dataset, args.data_dir, device)
+    if not args.plot_only:
+        print(f"Training on {len(data.images):,} images of {data.name}, on {device}", flush=True)
+        model = train(config, data, checkpoint)
+        print(f"Weights in {checkpoint}: draw again with --plot-only, load with advvae.load_checkpoint")
+        evaluate(model, data)
+    draw_figures(model, data, args.figures_dir)
 
 
 def main(argv=None):
     """The command line: train, evaluate, draw. A UserError ends in one line on stderr and exit code 2."""
-    parser = command_line()
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
+    parser.error = lambda message: parser.exit(2, f"advvae.py: {message}; see python advvae.py --help\n")
+    training = parser.add_argument_group("training")
+    weights = parser.add_argument_group("weights", "of the terms, which are all in nats per image")
+    for f in fields(Config):
+        group, flag = weights if "weight" in f.name else training, f"--{f.name.replace('_', '-')}"
+        group.add_argument(flag, type=f.type, default=f.default, metavar="N", help=f.metadata["text"])
+    add = parser.add_argument_group("data, device, files").add_argument
+    names = ["auto", *IDX_DATASETS, "typeset"]
+    add("--dataset", default="auto", choices=names, help="auto is mnist or, without that, typeset")
+    add("--data-dir", default="data", metavar="PATH", help="folder where data sets lie or are downloaded to")
+    devices = ["auto", "cpu", "cuda", "mps"]
+    add("--device", default="auto", choices=devices, help="auto is cuda, else mps, else cpu")
+    add("--checkpoint", default="advvae.pt", metavar="PATH", help="file, written after every epoch")
+    add("--figures-dir", default="figures", metavar="PATH", help="folder for the pictures")
+    add("--plot-only", action="store_true", help="only draw again, from --checkpoint")
+    args = parser.parse_args(argv)
     try:
-        run(parser.parse_args(argv))
+        run(args, Config(**{f.name: getattr(args, f.name) for f in fields(Config)}))
     except UserError as error:
         parser.exit(2, f"advvae.py: {error}\n")
     except KeyboardInterrupt:  # outside of training, where there is nothing to keep
