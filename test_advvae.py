@@ -3,16 +3,20 @@
 Run as a script, python test_advvae.py, this file is the benchmark instead.
 """
 
+import contextlib
 import gzip
 import io
+import math
 import re
 import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -418,6 +422,24 @@ def test_weights_scale_their_terms(nets, triple):
     wanted = sum(config.weights[k] * torch.autograd.grad(t, parameter, retain_graph=True)[0] for k, t in terms.items())
     advvae.train_step(model, adversary, *optimizers(model, adversary), triple, config, seeded())
     torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_fast_path_has_the_plain_paths_losses(triple):
+    """Same seed, first step: channels_last agrees with the plain layout to 1e-4, bfloat16 with float32 to 2 %."""
+
+    def first_losses(layout, bfloat16):
+        torch.manual_seed(0)
+        model, adversary = (net.to(memory_format=layout) for net in (AdvVAE(), Adversary(10)))
+        both = optimizers(model, adversary)
+        measures = advvae.train_step(model, adversary, *both, triple, Config(bfloat16=bfloat16), seeded())
+        assert all(value.dtype == torch.float32 for value in measures.values())
+        return {name: value for name, value in measures.items() if "right" not in name}
+
+    plain = first_losses(torch.contiguous_format, 0)
+    torch.testing.assert_close(first_losses(torch.channels_last, 0), plain, rtol=1e-4, atol=1e-5)
+    fast = first_losses(torch.channels_last, 1)
+    torch.testing.assert_close(fast, plain, rtol=0.02, atol=1e-3)
+    assert fast != plain
 
 
 def test_same_seed_same_weights(data):
@@ -827,53 +849,241 @@ def test_it_learns(capsys):
     assert trained["reconstruction_mse"] < 0.05 < untrained["reconstruction_mse"]
 
 
-# The benchmark
+# The README's table of departures: python test_advvae.py departures [data folder]
 
 
-def benchmark(device, seconds=5.0):
-    """Print the speed of a training step, beside the machine's own: medians, and ratios within this one run."""
+class ClassMaps(Adversary):
+    """Conditional as in the authors' code: a learned map per class, added to each convolution's output."""
 
-    def sync():
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def __init__(self, n_classes):
+        super().__init__(n_classes)
+        self.maps = nn.ModuleList([nn.Embedding(n_classes, 7 * 7), nn.Embedding(n_classes, 4 * 4)])
+        for table in self.maps:
+            nn.init.normal_(table.weight, std=0.1)
 
-    def median_time(function, at_least):
-        times, start = [], time.perf_counter()
-        while time.perf_counter() - start < at_least:
-            began = time.perf_counter()
-            function()
-            sync()
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
+    def forward(self, x, id):
+        fold, convolution1, act, convolution2, *rest = self.features
+        h = act(convolution1(fold(x)) + self.maps[0](id).view(-1, 1, 7, 7))
+        h = convolution2(h) + self.maps[1](id).view(-1, 1, 4, 4)
+        return self.real(nn.Sequential(*rest)(h).float()).squeeze(1)
 
-    a = torch.randn(2048, 2048, device=device)
-    median_time(lambda: a @ a, 1)
-    rate = 2 * 2048**3 / median_time(lambda: a @ a, 2)
-    config = Config()
-    images, labels, _ = advvae.typeset(60_000, seeded(), device)
-    generator = torch.Generator(device).manual_seed(0)
-    place = {"device": device, "memory_format": torch.channels_last}
-    model, adversary = AdvVAE().to(**place), Adversary(10).to(**place)
-    both, batches = optimizers(model, adversary), TripleSampler(images, labels, config.batch_size, generator)
-    endless = (triple for _ in iter(int, 1) for triple in batches)
-    triple = next(endless)
-    step = lambda triple: advvae.train_step(model, adversary, *both, triple, config, generator)  # noqa: E731
-    with FlopCounterMode(display=False) as counter:
-        step(triple)
-    operations = counter.get_total_flops() / len(triple[0])
-    median_time(lambda: step(triple), 1)
-    sampling = median_time(lambda: next(endless), 1)
-    whole = median_time(lambda: step(next(endless)), seconds)
-    epoch = whole / config.batch_size * 60_000
+
+def strided(norm=lambda layer: layer):
+    """The authors' kind of layers: 4x4 convolutions with stride 2, (N, 1, 28, 28) -> (N, 1024)."""
+    layers = (1, 16, 1), (16, 32, 1), (32, 64, 2)
+    convs = [(norm(nn.Conv2d(i, o, 4, stride=2, padding=p)), nn.LeakyReLU(0.2)) for i, o, p in layers]
+    return nn.Sequential(*[layer for pair in convs for layer in pair], nn.Flatten())
+
+
+def strided_f_s(s_dim):
+    return nn.Sequential(strided(), nn.Linear(1024, 128), nn.LeakyReLU(0.2), nn.Linear(128, s_dim))
+
+
+def strided_f_z(s_dim, z_dim, make=advvae.UnspecifiedEncoder):
+    net = make(s_dim, z_dim)
+    net.stem, net.head[0] = strided(), nn.Linear(1024 + s_dim, 128)
+    return net
+
+
+def strided_decoder(s_dim, z_dim, make=advvae.Decoder):
+    net, act = make(s_dim, z_dim), nn.LeakyReLU(0.2)
+    net.net = nn.Sequential(
+        nn.Linear(z_dim + s_dim, 128), act, nn.Linear(128, 1024), act, nn.Unflatten(1, (64, 4, 4)),
+        nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1), act,
+        nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1), act, nn.ConvTranspose2d(16, 1, 4, stride=2, padding=1),
+    )  # fmt: skip
+    return net
+
+
+def strided_adversary(n_classes):
+    net, norm = Adversary(n_classes), advvae.spectral_norm
+    net.features = nn.Sequential(strided(norm), norm(nn.Linear(1024, 128)), nn.LeakyReLU(0.2))
+    return net
+
+
+def bernoulli_term(x1, x1_decoded):
+    return F.binary_cross_entropy(x1_decoded, x1, reduction="sum") / len(x1)
+
+
+DEPARTURES = {
+    "the file as it is": {},
+    "no spectral norm": {"spectral_norm": lambda layer: layer},
+    "class maps in the adversary": {"Adversary": ClassMaps},
+    "strided networks": {"SpecifiedEncoder": strided_f_s, "UnspecifiedEncoder": strided_f_z,
+                         "Decoder": strided_decoder, "Adversary": strided_adversary},
+    "Bernoulli likelihood": {"reconstruction_term": bernoulli_term},
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def departure(name):
+    """advvae with one of the changes."""
+    with contextlib.ExitStack() as patches:
+        for key, value in DEPARTURES[name].items():
+            patches.enter_context(mock.patch.object(advvae, key, value))
+        yield
+
+
+def departures(data_dir="data"):
+    """Train 6 epochs on MNIST with each change alone, seed 0, and print the README's rows."""
+    data = advvae.load_data("mnist", data_dir)
+    for name in DEPARTURES:
+        with departure(name):
+            r = advvae.evaluate(advvae.train(Config(epochs=6), data), data)
+        shares = " | ".join(f"{r[key + '_accuracy']:.1%}" for key in ("z", "s", "swap", "prior"))
+        print(f"| {name} | {shares} | {r['prior_diversity']:.2f} | {r['reconstruction_mse']:.4f} |", flush=True)
+
+
+@pytest.mark.parametrize("name", DEPARTURES)
+def test_departures_train(name, data):
+    """Each change of the README's table of departures makes networks that fit together and a loss that is finite."""
+    with departure(name):
+        assert math.isfinite(advvae.train(Config(epochs=1, batch_size=100), data).history[0]["swap"])
+
+
+# The benchmark: python test_advvae.py [cpu|cuda|mps]
+
+
+class Trainer:
+    """Training steps as `train` takes them, on typeset digits, one at each call."""
+
+    def __init__(self, images, labels, config):
+        torch.manual_seed(0)
+        self.config, self.generator = config, torch.Generator(images.device).manual_seed(0)
+        place = {"device": images.device, "memory_format": torch.channels_last}
+        self.model, self.adversary = AdvVAE().to(**place), Adversary(10).to(**place)
+        self.optimizers = optimizers(self.model, self.adversary)
+        sampler = TripleSampler(images, labels, config.batch_size, self.generator)
+        endless = (triple for _ in iter(int, 1) for triple in sampler)
+        self.triples = (triple for triple in endless if len(triple[0]) == config.batch_size)
+        self.sample = self.triples.__next__
+
+    def __call__(self):
+        triple = self.sample()
+        advvae.train_step(self.model, self.adversary, *self.optimizers, triple, self.config, self.generator)
+
+
+def synchronize(device):
+    if device in ("cuda", "mps"):
+        getattr(torch, device).synchronize()
+
+
+def seconds_of(function, device, at_least):
+    """How long each call of function took, in calls of at_least seconds in all."""
+    times, begin = [], time.perf_counter()
+    while time.perf_counter() - begin < at_least:
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def split(trainer, device, at_least):
+    """The share of a step that each of its parts takes, medians; the device is waited for around each."""
+    spent, steps = {}, []
+
+    def timed(part, function):
+        def wrapped(*args, **kwargs):
+            synchronize(device)
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            synchronize(device)
+            spent[part] = spent.get(part, 0) + time.perf_counter() - start
+            return result
+
+        return wrapped
+
+    with contextlib.ExitStack() as patches:
+        places = {"sampling": (trainer, "sample"), "backward": (torch.Tensor, "backward")}
+        nets = vars(trainer.model)["_modules"] | {"adversary": trainer.adversary}
+        places |= {f"{name}, forward": (net, "forward") for name, net in nets.items()}
+        for part, (owner, method) in places.items():
+            patches.enter_context(mock.patch.object(owner, method, timed(part, getattr(owner, method))))
+        for optimizer in trainer.optimizers:
+            patches.enter_context(mock.patch.object(optimizer, "step", timed("optimizers", optimizer.step)))
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < at_least:
+            spent.clear()
+            timed("step", trainer)()
+            steps.append(dict(spent))
+    parts = [part for part in steps[0] if part != "step"]
+    return {part: statistics.median(step[part] / step["step"] for step in steps) for part in parts}
+
+
+def benchmark(device):
+    """Print the speed of a training step beside the machine's own. What is compared is timed in turns."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, batches of {config.batch_size}")
-    print(f"  training              {config.batch_size / whole:10,.0f} triples/s   ({epoch:.1f} s for 60,000)")
-    print(f"  of it sampling        {sampling / whole:10.1%}")
-    print(f"  operations a triple   {operations / 1e6:10.1f} million")
-    print(f"  this device's fp32    {rate / 1e9:10,.0f} GFLOP/s in a matrix product")
-    print(f"  share of it reached   {operations * config.batch_size / whole / rate:10.1%}")
-    print(f"  cost of an epoch      {epoch * rate / 1e12:10.2f} TFLOP: seconds x that rate")
+    print(f"{name}, torch {torch.__version__}, batches of {Config.batch_size}, medians\n")
+    images, labels, _ = advvae.typeset(60_000, seeded(), device)
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    matrices = {key: torch.randn(2048, 2048, device=device).to(dtype) for key, dtype in types.items()}
+    trainers = {key: Trainer(images, labels, Config(bfloat16=key == "bfloat16")) for key in types}
+    with FlopCounterMode(display=False) as counter:
+        trainers["float32"]()
+    operations = counter.get_total_flops() / Config.batch_size
+    products, steps = {key: [] for key in types}, {key: [] for key in types}
+    for turn in range(9):  # the first warms up
+        for key in types:
+            a = matrices[key]
+            products[key] += seconds_of(lambda: a @ a, device, 0.3)[0 if turn else -1 :]
+            steps[key] += seconds_of(trainers[key], device, 1)[0 if turn else -1 :]
+    rate = {key: 2 * 2048**3 / statistics.median(times) for key, times in products.items()}
+    step = {key: statistics.median(times) for key, times in steps.items()}
+    epoch = {key: seconds / Config.batch_size * 60_000 for key, seconds in step.items()}
+
+    def row(what, values, form):
+        print(f"{what:34}" + "".join(f"{value:>12{form}}" for value in values))
+
+    print(" " * 34 + "".join(f"{key:>12}" for key in types))
+    row("matrix product, GFLOP/s", [r / 1e9 for r in rate.values()], ",.0f")
+    row("training, triples/s", [Config.batch_size / seconds for seconds in step.values()], ",.0f")
+    row("seconds for 60,000 triples", epoch.values(), ".1f")
+    row("  x float32 product, TFLOP", [seconds * rate["float32"] / 1e12 for seconds in epoch.values()], ".2f")
+    row("million operations a triple", [operations / 1e6] * 2, ".1f")
+    row("  of the float32 product's rate", [operations * 60_000 / s / rate["float32"] for s in epoch.values()], ".0%")
+    parts = [split(trainer, device, 3) for trainer in trainers.values()]
+    for part in parts[0]:
+        row(f"share of a step: {part}", [shares[part] for shares in parts], ".1%")
+
+    print(f"\n{'images':>10}{'batch':>8}{'triples/s':>12}{'peak memory, MiB':>20}")
+    for n, batch in ((10_000, 256), (60_000, 256), (240_000, 256), (60_000, 64), (60_000, 1024)):
+        print(run_python(f"import test_advvae; test_advvae.one_size({n}, {batch}, {device!r})"), end="", flush=True)
+    start = "import time; start = time.perf_counter(); "
+    took = "; print(f'{time.perf_counter() - start:.2f}')"
+    print("\nseconds, once each")
+    row("import advvae, after torch", [float(run_python(f"import torch; {start}import advvae{took}"))], ".2f")
+    row("70,000 digits of typeset", [float(run_python(f"import advvae; {start}advvae.load_data('typeset'){took}"))], ".2f")
+    first = "import os, sys, advvae; step = advvae.train_step; end = lambda *a: (step(*a), os._exit(0)); "
+    begin = time.perf_counter()
+    run_python(first + f"advvae.train_step = end; advvae.main(['--dataset=typeset', '--device={device}'])")
+    row("start to the end of the first step", [time.perf_counter() - begin], ".2f")
+
+
+def run_python(code):
+    """What another python prints for code, in an empty folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = f"import sys; sys.path.insert(0, {str(HERE)!r}); "
+        command = [sys.executable, "-c", paths + code]
+        return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def one_size(n, batch, device):
+    """One row of the benchmark's table: n images, one batch size; memory is this process's peak."""
+    import resource  # not on Windows
+
+    images, labels, _ = advvae.typeset(n, seeded(), device)
+    trainer = Trainer(images, labels, Config(batch_size=batch))
+    seconds_of(trainer, device, 1)
+    rate = batch / statistics.median(seconds_of(trainer, device, 5))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    print(f"{n:10,}{batch:8,}{rate:12,.0f}{peak:20,.0f}")
 
 
 if __name__ == "__main__":
-    benchmark("cuda" if torch.cuda.is_available() else "cpu")
+    if sys.argv[1:2] == ["departures"]:
+        departures(*sys.argv[2:])
+    else:
+        benchmark(sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu")
