@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import matplotlib.figure
+import matplotlib.textpath  # imported here because old versions warn when they are
 import pytest
 import torch
 import torch.nn.functional as F
