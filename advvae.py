@@ -632,14 +632,14 @@ def evaluate(model, data, seed=0):
     ).to(x.device, memory_format=torch.channels_last)  # fmt: skip
     judge = fit_classifier(judge, x.__getitem__, y, epochs=3, generator=generator)
     results["judge_accuracy"] = judge(test_x, test_y)
-    most = f"real images {results['judge_accuracy']:.1%}"
-    row("swap_accuracy", judge(swapped, test_y[other]), "swapped image Dec(mu1, s2) has x2's class", most)
-    row("prior_accuracy", judge(sampled, test_y), "prior sample Dec(z, s2) has x2's class", most)
+    ceiling = f"real images {results['judge_accuracy']:.1%}"
+    row("swap_accuracy", judge(swapped, test_y[other]), "swapped image Dec(mu1, s2) has x2's class", ceiling)
+    row("prior_accuracy", judge(sampled, test_y), "prior sample Dec(z, s2) has x2's class", ceiling)
     classes = [test_y == c for c in test_y.unique()]
     drawn, real = (sum(x[c].var(0, correction=0).sum() for c in classes) for x in (sampled, test_x))
     row("prior_diversity", drawn / real, "within-class variance, prior samples / real images", "1 is best")
-    error = F.mse_loss(reconstructed, test_x)
-    row("reconstruction_mse", error, "reconstruction, squared error a pixel", "0 is best")
+    mse = F.mse_loss(reconstructed, test_x)
+    row("reconstruction_mse", mse, "reconstruction, squared error a pixel", "0 is best")
     row("kl", kl_term(test_mu, test_logvar), "KL of z, nats an image", "0: z is empty")
     # Classes differ a little in both measures, so a perfect swap comes near 1 and 0 and not quite there.
     for name, measure in (("slant", slant), ("thickness", stroke_thickness)):
@@ -651,8 +651,8 @@ def evaluate(model, data, seed=0):
             for code, fit, test, best in (("z", z, test_z, "1 is best"), ("s", s, test_s, "0 is best")):
                 r2 = linear_r2(fit, data.factors[name], test, data.test_factors[name])
                 row(f"{code}_r2_{name}", r2, f"true {name} from {code}, linear R2", best)
-        error = F.mse_loss(swapped, render(test_y[other], data.test_factors))
-        row("swap_true_mse", error, "swapped image and its true rendering, squared error", "0 is best")
+        mse = F.mse_loss(swapped, render(test_y[other], data.test_factors))
+        row("swap_true_mse", mse, "swapped image and its true rendering, squared error", "0 is best")
     print(flush=True)
     return results
 
@@ -812,8 +812,8 @@ def run(args, config):
 
 def main(argv=None):
     """The command line: train, evaluate, draw. A UserError ends in one line on stderr and exit code 2."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=defaults)
     parser.error = lambda message: parser.exit(2, f"advvae.py: {message}; see python advvae.py --help\n")
     training = parser.add_argument_group("training")
     weights = parser.add_argument_group("weights", "of the terms, which are all in nats per image")
@@ -824,8 +824,7 @@ def main(argv=None):
     names = ["auto", *IDX_DATASETS, "typeset"]
     add("--dataset", default="auto", choices=names, help="auto is mnist or, without that, typeset")
     add("--data-dir", default="data", metavar="PATH", help="folder where data sets lie or are downloaded to")
-    devices = ["auto", "cpu", "cuda", "mps"]
-    add("--device", default="auto", choices=devices, help="auto is cuda, else mps, else cpu")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto is cuda, mps or cpu")
     add("--checkpoint", default="advvae.pt", metavar="PATH", help="file, written after every epoch")
     add("--figures-dir", default="figures", metavar="PATH", help="folder for the pictures")
     add("--plot-only", action="store_true", help="only draw again, from --checkpoint")

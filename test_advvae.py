@@ -242,6 +242,14 @@ def test_idx_files_are_read(tmp_path):
     assert mnist.labels[:3].tolist() == [0, 2, 1] and mnist.factors is None
 
 
+def test_a_class_of_test_images_only_has_an_id_too(tmp_path):
+    """Ids count the classes of both parts, so that classes held out of training can be looked at."""
+    raw = write_mnist(tmp_path, labels=[3, 9, 5] * 10)
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(torch.full((30,), 7)))
+    mnist = advvae.load_data("mnist", tmp_path)
+    assert mnist.labels[:3].tolist() == [0, 3, 1] and mnist.test_labels.unique().tolist() == [2]
+
+
 @pytest.fixture
 def no_network(monkeypatch):
     def refuse(self):
