@@ -264,6 +264,9 @@ def load_data(name, data_dir="data", device="cpu"):
         for part in parts:
             if not len(part.data) == len(part.targets) > 0 or part.data.shape[1:] != (28, 28):
                 raise ValueError(f"{len(part.targets)} labels for images {tuple(part.data.shape)}")
+        classes = parts[0].targets.unique()
+        if not torch.isin(parts[1].targets, classes).all():
+            raise ValueError("a class that only the test set has")
     except Exception as error:  # on bad files torchvision raises almost anything, AssertionError included
         why = (str(error).strip() or type(error).__name__).splitlines()[-1]
         if not absent:
@@ -275,8 +278,7 @@ def load_data(name, data_dir="data", device="cpu"):
         print("!" * 100, f"NOT MNIST BUT TYPESET, the embedded data set: {why}", "!" * 100, sep="\n")
         return load_data("typeset", device=device)
     images, test_images = (part.data.unsqueeze(1).to(device) / 255 for part in parts)  # (M, 1, 28, 28)
-    ids = torch.cat([part.targets for part in parts]).unique(return_inverse=True)[1]  # 0, 1, ...
-    labels, test_labels = ids.to(device).split([len(part.data) for part in parts])
+    labels, test_labels = (torch.searchsorted(classes, part.targets).to(device) for part in parts)
     return Data(name, images, labels, test_images, test_labels)
 
 
@@ -473,7 +475,8 @@ def train_step(model, adversary, optimizer, adversary_optimizer, triple, config,
     with autocast:
         terms, fakes = four_terms(model, adversary, triple, config, generator)
     optimizer.zero_grad()
-    sum(config.weights[name] * term for name, term in terms.items()).backward()
+    weights = config.weights
+    sum(weights[name] * term for name, term in terms.items()).backward()
     optimizer.step()
     measures = {name: term.detach() for name, term in terms.items()}
     if not len(fakes):
@@ -503,7 +506,7 @@ def train(config, data, checkpoint=None):
     place = {"device": data.images.device, "memory_format": torch.channels_last}  # the fastest layout
     model = AdvVAE(config.s_dim, config.z_dim).to(**place)
     adversary = Adversary(int(data.labels.max()) + 1).to(**place)
-    model.dataset, model.history = data.name, []
+    model.dataset, model.history, live = data.name, [], sys.stdout.isatty()
     sampler = TripleSampler(data.images, data.labels, config.batch_size, generator)
     optimizers = [torch.optim.Adam(net.parameters(), betas=(0.5, 0.99)) for net in (model, adversary)]
     try:
@@ -524,13 +527,14 @@ def train(config, data, checkpoint=None):
                         hint = "try a lower --learning-rate or lower weights; the checkpoint is as it was"
                         raise UserError(f"{name} is {value} at epoch {epoch}, step {step}: {hint}")
                 rate = seen / (time.perf_counter() - start)
-                if sys.stdout.isatty():
+                if live:
                     left = round(((config.epochs - epoch + 1) * len(data.images) - seen) / rate)
                     line = f"epoch {epoch}/{config.epochs}  step {step}/{len(sampler)}  {rate:,.0f} images/s"
                     print(f"{line}  {left // 60} min {left % 60:02} s left", end="\033[K\r", flush=True)
             model.history.append(means)
             line = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
-            print(f"epoch {epoch}/{config.epochs}  {line}  {rate:,.0f} images/s", flush=True)
+            clear = "\033[K" if live else ""
+            print(f"{clear}epoch {epoch}/{config.epochs}  {line}  {rate:,.0f} images/s", flush=True)
             if checkpoint:
                 save_checkpoint(checkpoint, config, model, adversary)
     except KeyboardInterrupt:
