@@ -26,11 +26,13 @@ One step and the loop [4]; what z and s know [5]; pictures, the swap grid last [
 
     python advvae.py --epochs 20            train, evaluate, draw into figures/
     python advvae.py --dataset typeset      the same with digits set in type: nothing to download
+    python advvae.py --resume               go on where it was interrupted
     python advvae.py --plot-only            draw again from advvae.pt
     python advvae.py --help                 every flag, its default and its unit
 """
 
 import argparse
+import copy
 import functools
 import io
 import math
@@ -39,7 +41,7 @@ import socket
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch  # torchvision and matplotlib take seconds to import, and are imported where they are used
@@ -49,7 +51,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 # ---- Configuration: every hyperparameter once; the command line's flags are made from it ---------
 
-TERMS = "reconstruction", "kl", "swap", "adversary", "prior"
+TERMS = "reconstruction", "kl", "swap", "adversary", "prior", "leak"  # leak is an extension, off by default
 CPUINFO = Path("/proc/cpuinfo")  # where Linux lists a processor's features
 BFLOAT16_IS_FAST = int(CPUINFO.exists() and "_bf16" in CPUINFO.read_text())  # avx512_bf16 or amx_bf16
 
@@ -58,27 +60,28 @@ class UserError(Exception):
     """What the user can put right. main prints it as one line and exits with code 2."""
 
 
-def setting(default, low, text):
-    """A field of Config: its default, its least value, and what it is."""
-    return field(default=default, metadata={"low": low, "text": text})
+def setting(default, low, high, text):
+    """A field of Config: its default, its least and its greatest value, and what it is."""
+    return field(default=default, metadata={"low": low, "high": high, "text": text})
 
 
 @dataclass
 class Config:
     """Every hyperparameter, chosen by measurement on MNIST where no source is named. Raises UserError."""
 
-    epochs: int = setting(20, 0, "passes over the training set, each image once as x1")
-    batch_size: int = setting(256, 1, "triples a step (authors' code: 16)")
-    learning_rate: float = setting(3e-3, 0, "of both Adams (authors': 0.01); falls to 0 in the second half")
-    seed: int = setting(0, 0, "same seed, same machine: same result on the CPU")
-    reconstruction_weight: float = setting(0.2, 0, "of term 1's likelihood; 0 removes a term")
-    kl_weight: float = setting(8.0, 0, "of term 1's KL")
-    swap_weight: float = setting(1.0, 0, "of term 2, the unit of the other weights (authors' code: 1)")
-    adversary_weight: float = setting(30.0, 0, "of term 3")
-    prior_weight: float = setting(30.0, 0, "of term 4 (authors' code: 0)")
-    s_dim: int = setting(16, 1, "dimensions of s (authors' code: 64)")
-    z_dim: int = setting(16, 1, "dimensions of z (authors' code: 512)")
-    bfloat16: int = setting(BFLOAT16_IS_FAST, 0, "1: bfloat16 networks; default 1 on CPUs built for it")
+    epochs: int = setting(20, 0, 10**6, "passes over the training set, each image once as x1")
+    batch_size: int = setting(512, 1, 10**6, "triples a step (authors' code: 16)")
+    learning_rate: float = setting(4e-3, 0, 1, "of both Adams (authors': 0.01); falls to 0 from half-way on")
+    seed: int = setting(0, 0, 2**63 - 1, "same seed, same machine: same result on the CPU")
+    reconstruction_weight: float = setting(0.2, 0, 1e6, "of term 1's likelihood; 0 removes a term")
+    kl_weight: float = setting(8.0, 0, 1e6, "of term 1's KL")
+    swap_weight: float = setting(1.0, 0, 1e6, "of term 2, the unit of the other weights (authors' code: 1)")
+    adversary_weight: float = setting(30.0, 0, 1e6, "of term 3")
+    prior_weight: float = setting(30.0, 0, 1e6, "of term 4 (authors' code: 0)")
+    leak_weight: float = setting(0.0, 0, 1e6, "of the extension, what z tells of the class; 60 works")
+    s_dim: int = setting(16, 1, 1000, "dimensions of s (authors' code: 64)")
+    z_dim: int = setting(16, 1, 1000, "dimensions of z (authors' code: 512)")
+    bfloat16: int = setting(BFLOAT16_IS_FAST, 0, 1, "1: bfloat16 networks; default 1 on CPUs built for it")
 
     @property
     def weights(self):
@@ -87,10 +90,10 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, low = getattr(self, f.name), f.metadata["low"]
-            if not low <= value < 2**63:
-                raise UserError(f"{f.name} is {value}; it must be a number from {low} up, below 2**63")
-        if not any(weight for name, weight in self.weights.items() if name != "kl"):
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if not low <= value <= high:
+                raise UserError(f"{f.name} is {value}; it must be from {low} to {high}")
+        if not any(weight for name, weight in self.weights.items() if name not in ("kl", "leak")):
             raise UserError("every term that decodes has weight 0: there is nothing to train")
 
 
@@ -103,16 +106,15 @@ class Config:
 # convolutions and their mirror image: z 28.3 %, swap 98.0 %, reconstruction .0205, variance .97.
 
 
-def stem():
-    """The encoders' first layer, (N, 1, 28, 28) -> (N, 784): 16 features of 8x8 windows 4 pixels apart."""
-    return nn.Sequential(nn.Conv2d(1, 16, 8, stride=4, padding=2), nn.Flatten(), nn.LeakyReLU(0.2))
-
-
 class SpecifiedEncoder(nn.Sequential):
     """f_s: s = f_s(x), real-valued and deterministic. (N, 1, 28, 28) in [0, 1] -> (N, s_dim)."""
 
     def __init__(self, s_dim):
-        super().__init__(stem(), nn.Linear(784, 128), nn.LeakyReLU(0.2), nn.Linear(128, s_dim))
+        super().__init__(
+            nn.Conv2d(1, 16, 8, stride=4, padding=2), nn.LeakyReLU(0.2),  # (N, 16, 7, 7)
+            nn.Conv2d(16, 32, 3), nn.Flatten(), nn.LeakyReLU(0.2),  # (N, 32, 5, 5), (N, 800)
+            nn.Linear(800, 128), nn.LeakyReLU(0.2), nn.Linear(128, s_dim),
+        )  # fmt: skip
 
 
 class UnspecifiedEncoder(nn.Module):
@@ -120,11 +122,16 @@ class UnspecifiedEncoder(nn.Module):
 
     def __init__(self, s_dim, z_dim):
         super().__init__()
-        self.stem = stem()
-        self.head = nn.Sequential(nn.Linear(784 + s_dim, 128), nn.LeakyReLU(0.2), nn.Linear(128, 2 * z_dim))
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 8, stride=4, padding=2), nn.Flatten(), nn.LeakyReLU(0.2))
+        self.hidden = nn.Sequential(nn.Linear(784 + s_dim, 256), nn.LeakyReLU(0.2))
+        self.scale = nn.Linear(s_dim, 256)
+        self.out = nn.Linear(256, 2 * z_dim)
 
-    def forward(self, x, s):  # s too, as in the paper (not in the authors' code): z need not repeat it
-        return self.head(torch.cat([self.stem(x), s], dim=1)).float().chunk(2, dim=1)
+    def forward(self, x, s):
+        # f_z sees s, as in the paper (not in the authors' code), so that z need not repeat it. Here s also
+        # scales every feature: how a feature shows the slant, say, differs from digit to digit.
+        h = self.hidden(torch.cat([self.stem(x), s], dim=1))  # (N, 256)
+        return self.out(h * (1 + self.scale(s))).float().chunk(2, dim=1)
 
 
 class Decoder(nn.Module):
@@ -133,8 +140,8 @@ class Decoder(nn.Module):
     def __init__(self, s_dim, z_dim):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(z_dim + s_dim, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 784), nn.LeakyReLU(0.2), nn.Unflatten(1, (16, 7, 7)),
+            nn.Linear(z_dim + s_dim, 192), nn.LeakyReLU(0.2),
+            nn.Linear(192, 784), nn.LeakyReLU(0.2), nn.Unflatten(1, (16, 7, 7)),
             nn.Conv2d(16, 16, 3, padding=1), nn.LeakyReLU(0.2),
             nn.Conv2d(16, 16, 3, padding=1),  # (N, 16, 7, 7): 16 channels are a patch of 4x4 pixels
             nn.PixelShuffle(4),  # (N, 1, 28, 28)
@@ -155,13 +162,13 @@ class Adversary(nn.Module):
     z 35.3 %, swap 95.6 %, reconstruction .0255.
     """
 
-    def __init__(self, n_classes):
+    def __init__(self, n_classes, z_dim=Config.z_dim):
         super().__init__()
+        self.of_z = ZClassifier(n_classes, z_dim)  # of the extension only
         self.features = nn.Sequential(
             nn.PixelUnshuffle(4),  # (N, 16, 7, 7)
-            spectral_norm(nn.Conv2d(16, 16, 3, padding=1)), nn.LeakyReLU(0.2),  # (N, 16, 7, 7)
-            spectral_norm(nn.Conv2d(16, 32, 3, stride=2, padding=1)), nn.Flatten(), nn.LeakyReLU(0.2),
-            spectral_norm(nn.Linear(512, 128)), nn.LeakyReLU(0.2),
+            spectral_norm(nn.Conv2d(16, 32, 3)), nn.Flatten(), nn.LeakyReLU(0.2),  # (N, 32, 5, 5), (N, 800)
+            spectral_norm(nn.Linear(800, 128)), nn.LeakyReLU(0.2),
         )  # fmt: skip
         self.real = spectral_norm(nn.Linear(128, 1))
         self.of_class = spectral_norm(nn.Embedding(n_classes, 128))
@@ -169,6 +176,36 @@ class Adversary(nn.Module):
     def forward(self, x, id):
         h = self.features(x).float()  # (N, 128)
         return self.real(h).squeeze(1) + (self.of_class(id) * h).sum(dim=1)
+
+
+class ZClassifier(nn.Module):
+    """Extension, unused unless --leak-weight is given: tells the class from z. (N, z_dim) -> (N, n_classes).
+
+    The logits are the log densities of Gaussians, one fitted to each class's z over the last ten batches
+    or so, plus what a network makes of z. f_z can't outrun the Gaussians; the network learns the rest.
+    """
+
+    def __init__(self, n_classes, z_dim):
+        super().__init__()
+        layers = nn.Linear(z_dim, 128), nn.LeakyReLU(0.2), nn.Linear(128, 128), nn.LeakyReLU(0.2)
+        self.rest = nn.Sequential(*layers, nn.Linear(128, n_classes))
+        self.register_buffer("sums", torch.zeros(n_classes, 1 + z_dim, 1 + z_dim))
+
+    @torch.no_grad()
+    def fit(self, mu, logvar, id):
+        """Count z ~ N(mu, exp(logvar)) of classes id (N,) in, and let what was counted before fade."""
+        a = F.pad(mu, (1, 0), value=1.0)  # (1, mu): sums of a a^T hold the count, the sum of z and of z z^T
+        self.sums *= 0.9
+        variance = F.pad(logvar.exp(), (1, 0)).diag_embed()
+        self.sums.index_add_(0, id, a.unsqueeze(2) * a.unsqueeze(1) + variance)
+
+    def forward(self, z):
+        sums = self.sums + 1e-3 * torch.eye(self.sums.shape[1], device=z.device)  # not seen yet: N(0, I)
+        moments = sums / sums[:, :1, :1]
+        mean = moments[:, 0, 1:]  # (n_classes, z_dim)
+        covariance = moments[:, 1:, 1:] - mean.unsqueeze(2) * mean.unsqueeze(1)
+        gaussians = torch.distributions.MultivariateNormal(mean, covariance, validate_args=False)
+        return gaussians.log_prob(z.unsqueeze(1)) + self.rest(z).float()
 
 
 class AdvVAE(nn.Module):
@@ -199,10 +236,11 @@ class AdvVAE(nn.Module):
 
 
 class TripleSampler:
-    """Iterating gives one epoch of batches (x1, x1_same, x2, id2); each image is x1 exactly once.
+    """Iterating gives one epoch of batches (x1, x1_same, x2, id2, id1); each image is x1 exactly once.
 
     images (M, 1, 28, 28) and labels (M,), any integers, lie on one device, which is generator's too.
-    x1_same is uniform over x1's class, x2 over all images; id2 is x2's label (caption of Figure 1).
+    x1_same is uniform over x1's class, x2 over all images; id2 is x2's label (caption of Figure 1), id1
+    is x1's, which only the extension uses.
     Departure: x1_same may be x1 itself, 1 draw in 6,000 on MNIST, so that a class may have one image.
     """
 
@@ -224,7 +262,7 @@ class TripleSampler:
             # 2**40 is so large that the remainder is as good as uniform
             i1_same = self.by_class[self.first[c] + torch.randint(2**40, c.shape, **draw) % self.size[c]]
             i2 = torch.randint(len(self.images), c.shape, **draw)
-            yield self.images[i1], self.images[i1_same], self.images[i2], self.labels[i2]
+            yield self.images[i1], self.images[i1_same], self.images[i2], self.labels[i2], self.labels[i1]
 
 
 @dataclass
@@ -428,12 +466,24 @@ def adversary_loss(real, fake):
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
+def leak_term(logits, id1):
+    """Extension: what z1 tells of x1's class. The ZClassifier's logits (N, n_classes), ids (N,); scalar.
+
+        H(id1) - E[-log p(id1 | z1)],   a lower bound of the mutual information I(z; id)
+
+    Terms 1 to 4 make the decoder disregard what z knows of the class; only the KL asks z to drop it, and
+    with it everything else. The classifier ascends this, f_z descends it.
+    """
+    shares = torch.distributions.Categorical(probs=torch.bincount(id1).float())
+    return shares.entropy() - F.cross_entropy(logits, id1)
+
+
 # ---- 4. Training: one step, and the loop ---------------------------------------------------------
 
 
 def four_terms(model, adversary, triple, config, generator):
-    """Figure 1, once through: a dict of the terms, and the fakes (2N, 1, 28, 28) of terms 3 and 4."""
-    x1, x1_same, x2, id2 = triple
+    """Figure 1, once through: a dict of the terms, the fakes (2N, 1, 28, 28) of terms 3 and 4, and z1."""
+    x1, x1_same, x2, id2, id1 = triple
     # A term of weight 0 is left out with all that only it needs: images, decodings, fakes.
     weights, none = config.weights, x1[:0]
     judged = [name for name in ("adversary", "prior") if weights[name]]
@@ -443,6 +493,8 @@ def four_terms(model, adversary, triple, config, generator):
     s1, s1_same, s2 = model.f_s(torch.cat(images)).split([len(x) for x in images])
     mu, logvar = model.f_z(x1, s1)
     z1 = model.reparameterize(mu, logvar, generator)
+    if weights["leak"]:
+        adversary.of_z.fit(mu, logvar, id1)
     z = torch.randn(z1.shape, generator=generator, device=z1.device)
 
     # Decodings: one call of the decoder for all pairs of codes.
@@ -462,8 +514,9 @@ def four_terms(model, adversary, triple, config, generator):
         "swap": lambda: swap_term(x1, decoded["swap"]),
         "adversary": lambda: adversary_term(verdicts["adversary"]),
         "prior": lambda: prior_term(verdicts["prior"]),
+        "leak": lambda: leak_term(adversary.of_z(z1), id1),
     }
-    return {name: term() for name, term in terms.items() if weights[name]}, fakes
+    return {name: term() for name, term in terms.items() if weights[name]}, fakes, z1
 
 
 def train_step(model, adversary, optimizer, adversary_optimizer, triple, config, generator):
@@ -473,50 +526,65 @@ def train_step(model, adversary, optimizer, adversary_optimizer, triple, config,
     # (eval() also rests the power iteration by which spectral_norm learns its norms).
     adversary.eval().requires_grad_(False)
     with autocast:
-        terms, fakes = four_terms(model, adversary, triple, config, generator)
+        terms, fakes, z1 = four_terms(model, adversary, triple, config, generator)
     optimizer.zero_grad()
     weights = config.weights
     sum(weights[name] * term for name, term in terms.items()).backward()
     optimizer.step()
     measures = {name: term.detach() for name, term in terms.items()}
-    if not len(fakes):
+    if not len(fakes) and not weights["leak"]:
         return measures
     # The adversary learns to tell the real x2 from those fakes. Nothing else moves.
     adversary.train().requires_grad_(True)
-    x2, id2 = triple[2:]
-    x = torch.cat([x2, fakes.detach()])
-    with autocast:
-        real, fake = adversary(x, id2.repeat(len(x) // len(x2))).split([len(x2), len(fakes)])
-    loss = adversary_loss(real, fake)
+    x2, id2, id1 = triple[2:]
+    loss = 0
+    if len(fakes):
+        x = torch.cat([x2, fakes.detach()])
+        with autocast:
+            real, fake = adversary(x, id2.repeat(len(x) // len(x2))).split([len(x2), len(fakes)])
+        loss = adversary_loss(real, fake)
+        measures["adversary_loss"] = loss.detach()
+        measures["right_on_real"] = (real > 0).float().mean()
+        measures["right_on_fakes"] = (fake < 0).float().mean()
+    if weights["leak"]:
+        loss = loss - leak_term(adversary.of_z(z1.detach()), id1)
     adversary_optimizer.zero_grad()
     loss.backward()
     adversary_optimizer.step()
-    right = {"right_on_real": (real > 0).float().mean(), "right_on_fakes": (fake < 0).float().mean()}
-    return measures | {"adversary_loss": loss.detach()} | right
+    return measures
 
 
-def train(config, data, checkpoint=None):
+def train(config, data, checkpoint=None, saved=None):
     """Train on data, on its device: the AdvVAE, with load_checkpoint's attributes. Ctrl-C ends it early.
 
-    Writes checkpoint, if given, after every epoch. Raises UserError when a loss is no longer finite; the
-    checkpoint is left as it was.
+    Writes checkpoint, if given, after every epoch; goes on from saved, what read_checkpoint gave, to the
+    very weights that training in one go has on the CPU. Raises UserError when a loss is no longer finite;
+    the checkpoint is left as it was.
     """
     torch.manual_seed(config.seed)  # for the networks' first weights; all the rest draws from generator
     generator = torch.Generator(data.images.device).manual_seed(config.seed)
     place = {"device": data.images.device, "memory_format": torch.channels_last}  # the fastest layout
     model = AdvVAE(config.s_dim, config.z_dim).to(**place)
-    adversary = Adversary(int(data.labels.max()) + 1).to(**place)
+    adversary = Adversary(int(data.labels.max()) + 1, config.z_dim).to(**place)
     model.dataset, model.history, live = data.name, [], sys.stdout.isatty()
     sampler = TripleSampler(data.images, data.labels, config.batch_size, generator)
     optimizers = [torch.optim.Adam(net.parameters(), betas=(0.5, 0.99)) for net in (model, adversary)]
+    names = "model", "adversary", "optimizer", "adversary_optimizer"
+    parts = dict(zip(names, (model, adversary, *optimizers)))
+    if saved:
+        restore(saved, model, parts, generator)
+    last = snapshot(config, model, parts, generator)
     try:
-        for epoch in range(1, config.epochs + 1):
+        for epoch in range(len(model.history) + 1, config.epochs + 1):
             start, seen, sums = time.perf_counter(), 0, 0
             for step, triple in enumerate(sampler, start=1):
                 done = (epoch - 1 + (step - 1) / len(sampler)) / config.epochs
                 for optimizer in optimizers:
                     optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, 2 * (1 - done))
-                measures = train_step(model, adversary, *optimizers, triple, config, generator)
+                # The extension starts from 0: at full weight from the beginning it keeps z shut.
+                rise = min(1, 2 * (epoch - 1 + step / len(sampler)) / config.epochs)
+                now = replace(config, leak_weight=config.leak_weight * rise)
+                measures = train_step(model, adversary, *optimizers, triple, now, generator)
                 seen += len(triple[0])
                 sums += len(triple[0]) * torch.stack(list(measures.values()))
                 if step % 20 and step < len(sampler):  # to read numbers at every step would stall a GPU
@@ -535,12 +603,16 @@ def train(config, data, checkpoint=None):
             line = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
             clear = "\033[K" if live else ""
             print(f"{clear}epoch {epoch}/{config.epochs}  {line}  {rate:,.0f} images/s", flush=True)
+            last = snapshot(config, model, parts, generator)
             if checkpoint:
-                save_checkpoint(checkpoint, config, model, adversary)
+                save_checkpoint(checkpoint, last)
     except KeyboardInterrupt:
-        print(f"\nCtrl-C: training ends in epoch {epoch}, and what it has learned is kept.", flush=True)
-    if checkpoint:  # once more: Ctrl-C may have come in mid-epoch, and --epochs 0 has none
-        save_checkpoint(checkpoint, config, model, adversary)
+        if not last["history"]:
+            raise  # there is nothing to keep
+        restore(last, model, parts, generator)
+        print(f"\nCtrl-C: back to the end of epoch {len(model.history)}; --resume goes on there", flush=True)
+    if checkpoint and not config.epochs:
+        save_checkpoint(checkpoint, last)
     return model.eval()
 
 
@@ -645,11 +717,15 @@ def evaluate(model, data, seed=0):
     mse = F.mse_loss(reconstructed, test_x)
     row("reconstruction_mse", mse, "reconstruction, squared error a pixel", "0 is best")
     row("kl", kl_term(test_mu, test_logvar), "KL of z, nats an image", "0: z is empty")
-    # Classes differ a little in both measures, so a perfect swap comes near 1 and 0 and not quite there.
+    # Classes differ a little in both measures. A perfect swap moves only what differs within classes.
     for name, measure in (("slant", slant), ("thickness", stroke_thickness)):
-        for code, source, best in (("z", test_x, "1 is best"), ("s", test_x[other], "0 is best")):
-            r = torch.corrcoef(torch.stack([measure(swapped), measure(source)]))[0, 1]
-            row(f"{name}_from_{code}", r, f"{name} of swapped image and of {code}'s source, r", best)
+        of_swapped, of_x = measure(swapped), measure(test_x)
+        within = sum((of_x[c] - of_x[c].mean()).square().sum() for c in classes)
+        within = within / (of_x - of_x.mean()).square().sum()  # as a share of all its variance
+        for code, source, best in (("z", of_x, within), ("s", of_x[other], 1 - within)):
+            r = torch.corrcoef(torch.stack([of_swapped, source]))[0, 1]
+            text = f"{name} of swapped image and of {code}'s source, r"
+            row(f"{name}_from_{code}", r, text, f"a perfect swap: {best:.2f}")
     if data.factors:
         for name in ("slant", "thickness", "size", "shift_x", "shift_y"):
             for code, fit, test, best in (("z", z, test_z, "1 is best"), ("s", s, test_s, "0 is best")):
@@ -759,48 +835,77 @@ def draw_figures(model, data, folder):
 # ---- The checkpoint and the command line ---------------------------------------------------------
 
 
-def save_checkpoint(path, config, model, adversary):
-    """Write path in one go: a temporary file beside it takes its name once it is whole and on the disk."""
-    saved = {"config": asdict(config), "dataset": model.dataset, "history": model.history}
-    saved |= {"model": model.state_dict(), "adversary": adversary.state_dict()}
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(saved, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+# All that the rest of training depends on, beside the generator: --resume goes on to the last bit.
+PARTS = "model", "adversary", "optimizer", "adversary_optimizer"
 
 
-def load_checkpoint(path, device="cpu"):
-    """The trained AdvVAE in eval mode, on device, with .dataset (a name) and .history. Raises UserError
-    if there is no file path or if it is no checkpoint of this program."""
+def snapshot(config, model, parts, generator):
+    """A checkpoint: copies of all that the rest of training depends on, to go on to the last bit."""
+    states = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+    told = {"config": asdict(config), "dataset": model.dataset, "history": model.history.copy()}
+    return states | told | {"generator": generator.get_state(), "device": generator.device.type}
+
+
+def restore(saved, model, parts, generator):
+    """Put training back to where snapshot saw it. Raises UserError if saved doesn't fit."""
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        model = AdvVAE(saved["config"]["s_dim"], saved["config"]["z_dim"])
-        model.to(device, memory_format=torch.channels_last)  # as in training, to the last bit
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+            if isinstance(part, torch.optim.Optimizer):  # which doesn't look at shapes by itself
+                for weight, state in part.state.items():
+                    assert weight.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape
+        generator.set_state(saved["generator"].cpu())
+    except Exception as error:  # what doesn't fit fails in many ways
+        raise UserError("the checkpoint doesn't fit this advvae.py or this data; train anew") from error
+    model.history = saved["history"].copy()
+
+
+def save_checkpoint(path, saved):
+    """Write path in one go: a temporary file beside it takes its name once it is whole and on the disk."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(saved, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path):
+    """What save_checkpoint wrote, and its AdvVAE in eval mode, on the CPU. Raises UserError."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # data only: no code in it runs
+        config = Config(**saved["config"])
+        model = AdvVAE(config.s_dim, config.z_dim).to(memory_format=torch.channels_last)
         model.load_state_dict(saved["model"])
-        model.dataset, model.history = saved["dataset"], saved["history"]
+        model.dataset, model.history = saved["dataset"], [dict(means) for means in saved["history"]]
     except OSError as error:
         raise UserError(f"can't read {path} ({error.strerror}); train first, or name another") from error
     except Exception as error:  # torch.load raises almost anything on a file of another kind
-        raise UserError(f"{path} is no checkpoint of advvae.py; move it, or name another") from error
-    return model.eval()
+        raise UserError(f"{path} is no checkpoint of this advvae.py; move it, or name another") from error
+    return saved, model.eval()
 
 
-def run(args, config):
-    """What the command line asks for, in main's args. Raises UserError."""
+def load_checkpoint(path, device="cpu"):
+    """The trained AdvVAE in eval mode, on device, with .dataset (a name) and .history (a dict of means for
+    each epoch). Raises UserError if there is no file path or if it is no checkpoint of this program."""
+    return read_checkpoint(path)[1].to(device)
+
+
+def run(args, config, saved):
+    """What the command line asks for, in main's args; saved is what to go on from. Raises UserError."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in available if available[name]) if args.device == "auto" else args.device
     if not available[device]:
         raise UserError(f"this machine, or this torch, has no {device}; use --device auto")
     checkpoint, picture = Path(args.checkpoint), Path(args.figures_dir) / "swap.png"
     for path in [picture] if args.plot_only else [picture, checkpoint]:
-        try:
-            if not path.name or path.is_dir():
-                raise UserError(f"'{path}' is no name for a file; name another place")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()
-        except OSError as error:
-            raise UserError(f"can't write {path} ({error.strerror}); name another place") from error
+        if not path.name or path.is_dir():
+            raise UserError(f"'{path}' is no name for a file; name another place")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()
     # An older checkpoint is written over, any other file is not.
     model = load_checkpoint(checkpoint, device) if args.plot_only or checkpoint.exists() else None
     if args.plot_only and args.dataset not in ("auto", model.dataset):
@@ -808,7 +913,7 @@ def run(args, config):
     data = load_data(model.dataset if args.plot_only else args.dataset, args.data_dir, device)
     if not args.plot_only:
         print(f"Training on {len(data.images):,} images of {data.name}, on {device}", flush=True)
-        model = train(config, data, checkpoint)
+        model = train(config, data, checkpoint, saved)
         print(f"Weights in {checkpoint}: draw again with --plot-only, load with advvae.load_checkpoint")
         evaluate(model, data)
     draw_figures(model, data, args.figures_dir)
@@ -831,12 +936,26 @@ def main(argv=None):
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto is cuda, mps or cpu")
     add("--checkpoint", default="advvae.pt", metavar="PATH", help="file, written after every epoch")
     add("--figures-dir", default="figures", metavar="PATH", help="folder for the pictures")
-    add("--plot-only", action="store_true", help="only draw again, from --checkpoint")
-    args = parser.parse_args(argv)
+    way = parser.add_mutually_exclusive_group().add_argument
+    way("--resume", action="store_true", help="go on from --checkpoint with its settings; --epochs may grow")
+    way("--plot-only", action="store_true", help="only draw again, from --checkpoint")
+    args, saved = parser.parse_args(argv), None
     try:
-        run(args, Config(**{f.name: getattr(args, f.name) for f in fields(Config)}))
+        if args.resume:
+            saved = read_checkpoint(args.checkpoint)[0]
+            kept = saved["config"] | {"dataset": saved["dataset"], "device": saved["device"]}
+            parser.set_defaults(**kept)
+            args = parser.parse_args(argv)  # again: what is not given is now the checkpoint's
+            for name, value in kept.items():
+                given = getattr(args, name)
+                if given != value and not (name == "epochs" and given >= len(saved["history"])):
+                    flag = f"--{name.replace('_', '-')} {given}"
+                    raise UserError(f"{flag} contradicts {args.checkpoint}, which has {value}; leave it out")
+        run(args, Config(**{f.name: getattr(args, f.name) for f in fields(Config)}), saved)
     except UserError as error:
         parser.exit(2, f"advvae.py: {error}\n")
+    except OSError as error:  # a full disk, a folder that is read-only
+        parser.exit(2, f"advvae.py: can't write ({error}); make room, or name another place\n")
     except KeyboardInterrupt:  # outside of training, where there is nothing to keep
         parser.exit(130, "\n")
 

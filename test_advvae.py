@@ -4,6 +4,7 @@ Run as a script, python test_advvae.py, this file is the benchmark instead.
 """
 
 import contextlib
+import copy
 import gzip
 import io
 import math
@@ -32,6 +33,7 @@ from advvae import TERMS, AdvVAE, Adversary, Config, Data, TripleSampler
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.filterwarnings("error")
+EVERY_TERM = Config(leak_weight=1.0)  # the extension, too
 
 
 def seeded(seed=0):
@@ -126,7 +128,7 @@ def test_the_adversary_is_lipschitz(nets):
         for _ in range(30):  # the power iteration runs at each call in train mode
             adversary(torch.rand(4, 1, 28, 28, generator=seeded()), torch.arange(4))
         layers = [m for m in adversary.modules() if hasattr(m, "parametrizations")]
-        assert len(layers) == 5
+        assert len(layers) == 4
         for layer in layers:
             assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2) < 1.2
 
@@ -306,6 +308,7 @@ REACH = {  # term: the networks and the images of the triple that its gradient r
     "swap": ({"f_s", "f_z", "decoder"}, {"x1", "x1_same"}),
     "adversary": ({"f_s", "f_z", "decoder"}, {"x1", "x2"}),
     "prior": ({"f_s", "decoder"}, {"x2"}),
+    "leak": ({"f_s", "f_z"}, {"x1"}),
 }
 
 
@@ -315,7 +318,7 @@ def test_each_term_reaches_its_parameters_and_no_others(name, nets, triple):
     model, adversary = nets
     images = {key: x.clone().requires_grad_() for key, x in zip(("x1", "x1_same", "x2"), triple)}
     adversary.eval().requires_grad_(False)
-    terms, _ = advvae.four_terms(model, adversary, (*images.values(), triple[3]), Config(), seeded())
+    terms, *_ = advvae.four_terms(model, adversary, (*images.values(), *triple[3:]), EVERY_TERM, seeded())
     terms[name].backward()
     networks, reached_images = REACH[name]
     reached = {key for key, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
@@ -327,8 +330,8 @@ def test_each_term_reaches_its_parameters_and_no_others(name, nets, triple):
 def test_terms_are_of_the_codes_that_figure_1_says(nets, triple):
     """Each term computed here by hand from encode, decode and Adv: z1 and z drawn in that order."""
     model, adversary = nets
-    x1, x1_same, x2, id2 = triple
-    terms, fakes = advvae.four_terms(model, adversary.eval(), triple, Config(), seeded(5))
+    x1, x1_same, x2, id2, _ = triple
+    terms, fakes, _ = advvae.four_terms(model, adversary.eval(), triple, Config(), seeded(5))
     generator = seeded(5)
     s1, mu, logvar = model.encode(x1)
     s1_same, s2 = model.f_s(x1_same), model.f_s(x2)
@@ -368,7 +371,7 @@ def test_the_adversarys_step_reaches_only_the_adversary(nets, triple):
     both = optimizers(model, adversary, rate=0)
     losses = []
     for _ in range(30):
-        losses.append(advvae.train_step(model, adversary, *both, triple, Config(), seeded())["adversary_loss"])
+        losses.append(advvae.train_step(model, adversary, *both, triple, EVERY_TERM, seeded())["adversary_loss"])
     assert moved(model, before) == set()
     assert moved(adversary, adversary_before) == set(adversary_before)
     assert losses[-1] < 0.7 * losses[0]
@@ -397,11 +400,11 @@ def test_a_weight_of_0_removes_its_term(name, nets, triple):
     sizes = {}
     for key, net in {"f_s": model.f_s, "decoder": model.decoder, "adversary": adversary}.items():
         net.register_forward_hook(lambda net, inputs, output, key=key: sizes.update({key: len(output)}))
-    config = replace(Config(), **{f"{name}_weight": 0.0})
-    terms, _ = advvae.four_terms(model, adversary, triple, config, seeded())
+    config = replace(EVERY_TERM, **{f"{name}_weight": 0.0})
+    terms, *_ = advvae.four_terms(model, adversary, triple, config, seeded())
     assert set(terms) == set(TERMS) - {name}
     assert sizes["f_s"] == 32 * (3 - (name == "swap"))
-    assert sizes["decoder"] == 32 * (4 - (name != "kl"))
+    assert sizes["decoder"] == 32 * (4 - (name not in ("kl", "leak")))
     assert sizes["adversary"] == 32 * (2 - (name in ("adversary", "prior")))
     measures = advvae.train_step(model, adversary, *optimizers(model, adversary), triple, config, seeded())
     assert name not in measures
@@ -421,10 +424,10 @@ def test_without_terms_3_and_4_there_is_no_adversary(nets, triple):
 def test_weights_scale_their_terms(nets, triple):
     """The step descends the sum of weight times term: its gradient is the weighted sum of the terms' own."""
     model, adversary = nets
-    weights = dict(zip([f"{name}_weight" for name in TERMS], (0.3, 2.0, 0.7, 5.0, 4.0)))
+    weights = dict(zip([f"{name}_weight" for name in TERMS], (0.3, 2.0, 0.7, 5.0, 4.0, 6.0)))
     config = Config(**weights, bfloat16=0)
     adversary.eval().requires_grad_(False)
-    terms, _ = advvae.four_terms(model, adversary, triple, config, seeded())
+    terms, *_ = advvae.four_terms(model, copy.deepcopy(adversary), triple, config, seeded())
     parameter = model.f_s[-1].weight
     wanted = sum(config.weights[k] * torch.autograd.grad(t, parameter, retain_graph=True)[0] for k, t in terms.items())
     advvae.train_step(model, adversary, *optimizers(model, adversary), triple, config, seeded())
@@ -493,12 +496,108 @@ def test_a_checkpoint_is_whole_or_the_old_one(data, tmp_path, monkeypatch):
 
     def break_off(saved, file):
         file.write(old[: len(old) // 2])
-        raise OSError("disk full")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", break_off)
     with pytest.raises(OSError):
         advvae.train(Config(epochs=1), data, path)
-    assert path.read_bytes() == old
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    """Whatever could not be written: exit code 2, no traceback."""
+    small_typeset(monkeypatch)
+    for place in ("train", "draw_figures"):
+        with monkeypatch.context() as patch:
+            patch.setattr(advvae, place, mock.Mock(side_effect=OSError(28, "No space left on device", "a.pt")))
+            assert "No space left" in refused(capsys, command(tmp_path, "--epochs", "0"))
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same_weights(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys):
+    """Interrupted in any epoch but the first and resumed, it ends with the very same weights and table."""
+    small_typeset(monkeypatch)
+    settings = ["--epochs", "3", "--batch-size", "100", "--z-dim", "5"]
+    advvae.main(command(tmp_path / "whole", *settings))
+    table = capsys.readouterr().out.split("What z and s know")[1].split("Pictures")[0]
+    for steps in (3, 5, 8):  # each epoch has 3
+        folder = tmp_path / str(steps)
+        with monkeypatch.context() as patch:
+            patch.setattr(advvae, "train_step", interrupted_after(steps))
+            advvae.main(command(folder, *settings))
+        assert not same_weights(weights_of(folder / "a.pt"), weights_of(tmp_path / "whole" / "a.pt"))
+        capsys.readouterr()
+        advvae.main(command(folder, "--resume"))
+        assert same_weights(weights_of(folder / "a.pt"), weights_of(tmp_path / "whole" / "a.pt"))
+        assert table in capsys.readouterr().out
+
+
+def interrupted_after(steps):
+    """A train_step that takes so many steps; then someone presses Ctrl-C."""
+    step, calls = advvae.train_step, iter(range(steps))
+
+    def interrupted(*args):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    return interrupted
+
+
+def test_resume_keeps_the_settings_and_lets_epochs_grow(tmp_path, monkeypatch, capsys):
+    """A flag that says otherwise is an error that names it; more epochs are trained, fewer are an error."""
+    small_typeset(monkeypatch)
+    advvae.main(command(tmp_path, "--epochs", "1", "--z-dim", "5"))
+    old = (tmp_path / "a.pt").read_bytes()
+    for flags in (["--z-dim", "16"], ["--kl-weight", "3.0"], ["--dataset", "mnist"], ["--epochs", "0"], ["--seed", "1"]):
+        message = refused(capsys, command(tmp_path, "--resume", *flags))
+        assert " ".join(flags) + " contradicts" in message and (tmp_path / "a.pt").read_bytes() == old
+    advvae.main(command(tmp_path, "--resume", "--z-dim", "5", "--epochs", "2"))
+    model = advvae.load_checkpoint(tmp_path / "a.pt")
+    assert len(model.history) == 2 and model.z_dim == 5
+    assert "not allowed with" in refused(capsys, command(tmp_path, "--resume", "--plot-only"))
+
+
+@pytest.mark.parametrize("part", ["adversary", "optimizer", "adversary_optimizer", "generator", "history"])
+@pytest.mark.parametrize("fault", ["missing", "of another shape"])
+def test_a_checkpoint_that_does_not_fit_is_not_resumed(part, fault, tmp_path, monkeypatch, capsys):
+    """Of another version of the file, say: refused in one line, its bytes stay."""
+    small_typeset(monkeypatch)
+    advvae.main(command(tmp_path, "--epochs", "1"))
+    saved = torch.load(tmp_path / "a.pt", weights_only=True)
+    if fault == "missing":
+        del saved[part]
+    elif part == "history":
+        saved[part] = 7
+    elif part == "generator":
+        saved[part] = saved[part][:-1]
+    else:
+        tensors = list(saved[part]["state"].values())[-1] if "optimizer" in part else saved[part]
+        name = [name for name, value in tensors.items() if value.dim()][-1]
+        tensors[name] = tensors[name][:1, None].clone()
+    torch.save(saved, tmp_path / "a.pt")
+    old = (tmp_path / "a.pt").read_bytes()
+    refused(capsys, command(tmp_path, "--resume", "--epochs", "2"))
+    assert (tmp_path / "a.pt").read_bytes() == old
+
+
+class Payload:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('the payload ran')",)
+
+
+def test_a_checkpoints_code_does_not_run(tmp_path, capsys):
+    """A pickle can name any function to call; weights_only=True refuses it."""
+    torch.save({"config": Payload()}, tmp_path / "a.pt")
+    for flags in ([], ["--resume"], ["--plot-only"]):
+        assert "no checkpoint" in refused(capsys, command(tmp_path, *flags))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
@@ -507,8 +606,63 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     advvae.train(Config(epochs=0), data, path)
     old = path.read_bytes()
     with pytest.raises(advvae.UserError, match=r"(nan|inf) at epoch 1, step \d+: try a lower --learning-rate"):
-        advvae.train(Config(epochs=2, learning_rate=1e18, batch_size=20), data, path)
+        advvae.train(Config(epochs=2, learning_rate=1, swap_weight=1e6, batch_size=20), data, path)
     assert path.read_bytes() == old
+
+
+# The extension
+
+
+def class_codes(shift, n=4000):
+    """mu, logvar, z and ids of two classes whose z are N(-shift, I) and N(shift, I)."""
+    id = torch.arange(n) % 2
+    mu = shift * (2 * id.unsqueeze(1) - 1) + 0.8 * torch.randn(n, 3, generator=seeded(1))
+    logvar = torch.full((n, 3), 2 * math.log(0.6))  # 0.8^2 + 0.6^2 = 1
+    return mu, logvar, mu + 0.6 * torch.randn(n, 3, generator=seeded(2)), id
+
+
+def test_the_classifiers_gaussians_are_fitted_to_each_class():
+    """With nothing but them, its logits are log densities; a class that it has not seen has N(0, I)."""
+    mu, logvar, z, id = class_codes(0.5)
+    classifier = advvae.ZClassifier(3, 3)
+    for p in classifier.rest.parameters():
+        nn.init.zeros_(p)
+    classifier.fit(mu, logvar, id)
+    means = torch.tensor([-0.5, 0.5, 0.0])
+    wanted = torch.stack([Normal(mean, 1.0).log_prob(z).sum(dim=1) for mean in means], dim=1)
+    torch.testing.assert_close(classifier(z).detach(), wanted, atol=0.15, rtol=0.1)
+
+
+def test_the_leak_is_0_at_most_the_entropy_and_near_what_z_tells():
+    """Of z that is the same for both classes, of z that gives the class away, of z in between."""
+    for shift, low, high in ((0.0, -0.02, 0.02), (0.5, 0.2, 0.35), (5.0, 0.68, math.log(2) + 1e-6)):
+        mu, logvar, z, id = class_codes(shift)
+        classifier = advvae.ZClassifier(2, 3)
+        for p in classifier.rest.parameters():
+            nn.init.zeros_(p)
+        classifier.fit(mu, logvar, id)
+        assert low <= advvae.leak_term(classifier(z), id).item() <= high
+
+
+def test_the_classifier_ascends_what_f_z_descends(nets, triple):
+    """f_z's step lowers the leak; the adversary's step raises it."""
+    model, adversary = nets
+    config = Config(**{f"{name}_weight": 0.0 for name in TERMS[:-1] if name != "swap"}, swap_weight=1e-9, leak_weight=1)
+    still = torch.optim.SGD(adversary.parameters(), 0.0), torch.optim.SGD(model.parameters(), 0.0)
+    for _ in range(30):  # the classifier alone, then f_z alone
+        up = advvae.train_step(model, adversary, still[1], optimizers(model, adversary)[1], triple, config, seeded())
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    for _ in range(30):
+        down = advvae.train_step(model, adversary, optimizer, still[0], triple, config, seeded())
+    assert up["leak"] > 0.05 and down["leak"] < up["leak"]
+
+
+def test_the_extension_survives_rare_classes():
+    """A class with one image, met once in a thousand steps: no NaN."""
+    small = digits(40)
+    small.labels[:] = torch.arange(40) == 7
+    config = Config(epochs=20, batch_size=1, leak_weight=60.0, learning_rate=1e-4)
+    assert math.isfinite(advvae.train(config, small).history[-1]["leak"])
 
 
 # 5. What z and s know
@@ -675,22 +829,24 @@ def test_progress_is_live_on_a_terminal(data, monkeypatch):
 
 
 def test_ctrl_c_ends_training_and_keeps_what_was_learned(tmp_path, monkeypatch, capsys):
-    """The model is evaluated, drawn and saved as it stands."""
+    """The model is put back to the end of its last whole epoch, evaluated, drawn and saved."""
     small_typeset(monkeypatch)
-    step, calls = advvae.train_step, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    monkeypatch.setattr(advvae, "train_step", interrupted)
+    monkeypatch.setattr(advvae, "train_step", interrupted_after(4))
     advvae.main(command(tmp_path, "--epochs", "9", "--batch-size", "150"))
     said = capsys.readouterr().out
-    assert "Ctrl-C: training ends in epoch 3" in said and "class told from s" in said
+    assert "Ctrl-C: back to the end of epoch 2; --resume goes on" in said and "class told from s" in said
     assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == PICTURES
     assert len(advvae.load_checkpoint(tmp_path / "a.pt").history) == 2
+
+
+def test_ctrl_c_in_the_first_epoch_keeps_the_old_checkpoint(data, tmp_path, monkeypatch):
+    """Nothing whole has been learned, so nothing is written over."""
+    advvae.train(Config(epochs=0), data, tmp_path / "a.pt")
+    old = (tmp_path / "a.pt").read_bytes()
+    monkeypatch.setattr(advvae, "train_step", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        advvae.train(Config(epochs=2), data, tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").read_bytes() == old
 
 
 def test_ctrl_c_elsewhere_ends_without_a_traceback(tmp_path, monkeypatch, capsys):
@@ -723,15 +879,15 @@ def refused(capsys, argv):
 
 @pytest.mark.parametrize("flags, hint", [
     (["--dataset", "imagenet"], "mnist"),
-    (["--epochs", "-1"], "from 0 up"),
+    (["--epochs", "-1"], "must be from 0 to"),
     (["--epochs", "1.5"], "invalid int value"),
-    (["--batch-size", "0"], "from 1 up"),
-    (["--learning-rate", "nan"], "from 0 up"),
-    (["--kl-weight", "inf"], "from 0 up"),
-    (["--swap-weight", "-1"], "from 0 up"),
+    (["--batch-size", "0"], "must be from 1 to"),
+    (["--learning-rate", "nan"], "must be from 0 to"),
+    (["--kl-weight", "inf"], "must be from 0 to"),
+    (["--swap-weight", "-1"], "must be from 0 to"),
     (["--z-dim", ""], "invalid int value"),
     (["--device", "abacus"], "cpu"),
-    (["--seed", "9" * 30], "below 2**63"),
+    (["--seed", "9" * 30], "must be from 0 to"),
     (["--no-such-flag"], "--help"),
     ([f"--{term}-weight=0" for term in ("reconstruction", "swap", "adversary", "prior")], "nothing to train"),
 ])  # fmt: skip
@@ -758,7 +914,7 @@ def test_a_file_that_is_no_checkpoint_is_neither_read_nor_overwritten(tmp_path, 
     for content in (b"", b"my thesis", gzip.compress(b"x" * 1000), foreign.getvalue(), whole[: len(whole) // 2]):
         (tmp_path / "a.pt").write_bytes(content)
         for flags in (["--epochs", "0"], ["--plot-only"]):
-            assert "no checkpoint of advvae.py" in refused(capsys, command(tmp_path, *flags))
+            assert "no checkpoint of this advvae.py" in refused(capsys, command(tmp_path, *flags))
         assert (tmp_path / "a.pt").read_bytes() == content
 
 
@@ -861,18 +1017,16 @@ def test_it_learns(capsys):
 
 
 class ClassMaps(Adversary):
-    """Conditional as in the authors' code: a learned map per class, added to each convolution's output."""
+    """Conditional as in the authors' code: a learned map per class, added to a convolution's output."""
 
-    def __init__(self, n_classes):
-        super().__init__(n_classes)
-        self.maps = nn.ModuleList([nn.Embedding(n_classes, 7 * 7), nn.Embedding(n_classes, 4 * 4)])
-        for table in self.maps:
-            nn.init.normal_(table.weight, std=0.1)
+    def __init__(self, n_classes, z_dim):
+        super().__init__(n_classes, z_dim)
+        self.map = nn.Embedding(n_classes, 5 * 5)
+        nn.init.normal_(self.map.weight, std=0.1)
 
     def forward(self, x, id):
-        fold, convolution1, act, convolution2, *rest = self.features
-        h = act(convolution1(fold(x)) + self.maps[0](id).view(-1, 1, 7, 7))
-        h = convolution2(h) + self.maps[1](id).view(-1, 1, 4, 4)
+        fold, convolution, *rest = self.features
+        h = convolution(fold(x)) + self.map(id).view(-1, 1, 5, 5)
         return self.real(nn.Sequential(*rest)(h).float()).squeeze(1)
 
 
@@ -889,7 +1043,7 @@ def strided_f_s(s_dim):
 
 def strided_f_z(s_dim, z_dim, make=advvae.UnspecifiedEncoder):
     net = make(s_dim, z_dim)
-    net.stem, net.head[0] = strided(), nn.Linear(1024 + s_dim, 128)
+    net.stem, net.hidden[0] = strided(), nn.Linear(1024 + s_dim, 256)
     return net
 
 
@@ -903,8 +1057,8 @@ def strided_decoder(s_dim, z_dim, make=advvae.Decoder):
     return net
 
 
-def strided_adversary(n_classes):
-    net, norm = Adversary(n_classes), advvae.spectral_norm
+def strided_adversary(n_classes, z_dim):
+    net, norm = Adversary(n_classes, z_dim), advvae.spectral_norm
     net.features = nn.Sequential(strided(norm), norm(nn.Linear(1024, 128)), nn.LeakyReLU(0.2))
     return net
 
