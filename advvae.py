@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.3", "torchvision>=0.18", "matplotlib>=3.9"]
+# dependencies = ["torch>=2.3", "torchvision>=0.18", "matplotlib>=3.10.7"]
 # ///
 """Disentangling factors of variation with adversarial training, in one file.
 
@@ -773,7 +773,7 @@ def plot_curves(model, data, path):
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     for axes, (title, unit, keys) in zip(figure.subplots(1, 3), (
         ("terms 1 and 2", "nats per image", ("reconstruction", "swap", "kl")),
-        ("terms 3 and 4", "nats per image", ("adversary", "prior", "adversary_loss")),
+        ("terms 3 and 4", "nats per image", ("adversary", "prior", "adversary_loss", "leak")),
         ("the adversary is right on", "share of images", ("right_on_real", "right_on_fakes")),
     )):  # fmt: skip
         for key in keys:

@@ -8,6 +8,7 @@ import copy
 import gzip
 import io
 import math
+import random
 import re
 import statistics
 import struct
@@ -19,8 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-import matplotlib.figure
-import matplotlib.textpath  # imported here because old versions warn when they are
 import pytest
 import torch
 import torch.nn.functional as F
@@ -897,6 +896,25 @@ def test_bad_flags_are_refused_in_one_line(flags, hint, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "", "1e308", "9" * 30, "1.5", "one"])
+def test_any_number_works_or_is_refused(value, tmp_path, capsys, monkeypatch):
+    """Each flag with each of them: a training whose losses are finite, or exit code 2 and nothing written."""
+    few, run = digits(40, test=10), mock.Mock()
+    monkeypatch.setattr(advvae, "run", run)
+    for setting in advvae.fields(Config):
+        run.reset_mock()
+        argv = command(tmp_path, f"--{setting.name.replace('_', '-')}={value}")
+        low, high = setting.metadata["low"], setting.metadata["high"]
+        numbers = {"0": 0} if setting.type is int else {"0": 0.0, "1.5": 1.5}
+        if value in numbers and low <= numbers[value] <= high:
+            advvae.main(argv)
+            losses = advvae.train(replace(run.call_args[0][1], epochs=1), few).history[0]
+            assert all(map(math.isfinite, losses.values()))
+        else:
+            assert setting.name.replace("_", "-") in refused(capsys, argv).replace("_", "-")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_device_that_is_not_there_is_refused(tmp_path, capsys, monkeypatch):
     """--device cuda without a GPU is an error, not a silent use of the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -969,6 +987,85 @@ def test_corrupt_idx_files_are_refused(fault, dataset, tmp_path, no_network, cap
     assert not (tmp_path / "a.pt").exists()
 
 
+def mutations(whole, n, seed=0):
+    """n damaged copies of whole: bytes changed, cut out, put in twice, or all cut from some place on."""
+    generator = random.Random(seed)
+    for _ in range(n):
+        damaged = bytearray(whole)
+        for _ in range(generator.choice((1, 1, 2, 10))):
+            i, length = generator.randrange(len(damaged)), generator.choice((1, 4, 100))
+            kind = generator.randrange(4)
+            if kind == 0:
+                damaged[i] ^= 1 << generator.randrange(8)
+            elif kind == 1:
+                del damaged[i : i + length]
+            elif kind == 2:
+                damaged[i:i] = damaged[i : i + length]
+            else:
+                del damaged[max(i, 1) :]
+        yield bytes(damaged)
+
+
+def fuzz(folder, n):
+    """Load n damaged checkpoints and n damaged MNIST files: a dict of how many were loaded and refused."""
+    raw, checkpoint, counts = write_mnist(folder), folder / "a.pt", {}
+    advvae.train(Config(epochs=0, s_dim=2, z_dim=2), digits(20, test=10), checkpoint)
+    places = [(checkpoint, lambda: advvae.load_checkpoint(checkpoint))]
+    places += [(file, lambda: advvae.load_data("mnist", folder)) for file in sorted(raw.iterdir())]
+    for path, load in places:
+        whole = path.read_bytes()
+        for damaged in mutations(whole, n if path == checkpoint else n // 4):
+            path.write_bytes(damaged)
+            try:
+                load()
+                outcome = "loaded"
+            except advvae.UserError as error:
+                assert "\n" not in str(error)
+                outcome = "refused"
+            key = f"{path.suffix or path.name[:5] + path.name.split('-')[1]} {outcome}"
+            counts[key] = counts.get(key, 0) + 1
+        path.write_bytes(whole)
+    return counts
+
+
+def test_damaged_files_are_loaded_or_refused(tmp_path, no_network):
+    """Nothing but a UserError comes out, whatever happened to the bytes."""
+    assert sum(fuzz(tmp_path, 200).values()) == 400
+
+
+def small_run(folder, *flags):
+    """A training on 300 digits that neither evaluates nor draws."""
+    full = advvae.typeset
+    few = lambda n, generator, device: full(min(n, 300), generator, device)  # noqa: E731
+    with mock.patch.multiple(advvae, typeset=few, evaluate=mock.Mock(), draw_figures=mock.Mock()):
+        advvae.main(command(Path(folder), "--batch-size", "50", *flags))
+
+
+def kill_and_resume(folder, kills, seed=0):
+    """Kill a training so many times, each time at a random moment; end it. How many checkpoints it left."""
+    generator, left = random.Random(seed), 0
+    for _ in range(kills):
+        flags = ["--resume"] if (folder / "a.pt").exists() else ["--epochs", "60"]
+        code = f"import test_advvae; test_advvae.small_run({str(folder)!r}, *{flags})"
+        child = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True)
+        next(line for line in child.stdout if line.startswith("Training"))
+        time.sleep(generator.random())
+        child.kill()
+        child.communicate()
+        if (folder / "a.pt").exists():
+            advvae.load_checkpoint(folder / "a.pt")
+            left += 1
+    small_run(folder, *(["--resume"] if left else ["--epochs", "60"]))
+    return left
+
+
+def test_a_killed_run_can_be_resumed(tmp_path, capsys):
+    """SIGKILL at any moment leaves a whole checkpoint, and what resumes from it ends with the very same weights."""
+    small_run(tmp_path / "whole", "--epochs", "60")
+    kill_and_resume(tmp_path / "killed", 3)
+    assert same_weights(weights_of(tmp_path / "killed" / "a.pt"), weights_of(tmp_path / "whole" / "a.pt"))
+
+
 def test_help_names_every_flag_and_default(capsys):
     """Each field of Config is a flag with its default."""
     with pytest.raises(SystemExit) as exit:
@@ -982,8 +1079,7 @@ def test_help_names_every_flag_and_default(capsys):
 def test_importing_does_nothing(tmp_path):
     """`import advvae` only defines: no output, no files."""
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); sys.dont_write_bytecode = True; import advvae"
-    strict = ["-W", "error", "-W", "ignore::DeprecationWarning"]  # which matplotlib 3.9 has, of its own
-    result = subprocess.run([sys.executable, *strict, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and list(tmp_path.iterdir()) == []
 
 
@@ -1063,6 +1159,20 @@ def strided_adversary(n_classes, z_dim):
     return net
 
 
+class Unscaled(advvae.UnspecifiedEncoder):
+    """f_z that is given s beside its features, and nothing more."""
+
+    def forward(self, x, s):
+        return self.out(self.hidden(torch.cat([self.stem(x), s], dim=1))).float().chunk(2, dim=1)
+
+
+class Blind(Unscaled):
+    """f_z that doesn't see s, as in the authors' code."""
+
+    def forward(self, x, s):
+        return super().forward(x, 0 * s)
+
+
 def bernoulli_term(x1, x1_decoded):
     return F.binary_cross_entropy(x1_decoded, x1, reduction="sum") / len(x1)
 
@@ -1073,6 +1183,8 @@ DEPARTURES = {
     "class maps in the adversary": {"Adversary": ClassMaps},
     "strided networks": {"SpecifiedEncoder": strided_f_s, "UnspecifiedEncoder": strided_f_z,
                          "Decoder": strided_decoder, "Adversary": strided_adversary},
+    "f_z blind to s": {"UnspecifiedEncoder": Blind},
+    "f_z's features not scaled by s": {"UnspecifiedEncoder": Unscaled},
     "Bernoulli likelihood": {"reconstruction_term": bernoulli_term},
 }  # fmt: skip
 
@@ -1241,8 +1353,21 @@ def one_size(n, batch, device):
     print(f"{n:10,}{batch:8,}{rate:12,.0f}{peak:20,.0f}")
 
 
+def endurance(folder, n):
+    """Kill a training n times, load 100 n damaged files, and print what came of it."""
+    small_run(folder / "whole", "--epochs", "60")
+    left = kill_and_resume(folder / "killed", n)
+    same = same_weights(weights_of(folder / "killed" / "a.pt"), weights_of(folder / "whole" / "a.pt"))
+    print(f"\n{n} kills, {left} checkpoints, all whole; resumed, the end is {'' if same else 'NOT '}bit-equal")
+    with mock.patch("torchvision.datasets.MNIST.download", side_effect=RuntimeError("no network")):
+        print(fuzz(folder / "fuzz", 50 * n))
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["departures"]:
         departures(*sys.argv[2:])
+    elif sys.argv[1:2] == ["endurance"]:
+        with tempfile.TemporaryDirectory() as folder:
+            endurance(Path(folder), 50)
     else:
         benchmark(sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu")
