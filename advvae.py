@@ -446,7 +446,9 @@ def adversary_term(verdicts):
         -log sigmoid(Adv(Dec(z1, s2), id2)),   which is softplus(-Adv(Dec(z1, s2), id2))
 
     Whatever z1 knows of x1's class must not show. Terms 1 and 2 alone are content with a z that carries
-    everything and a decoder that ignores s. (This form pushes even while the adversary wins.)
+    everything and a decoder that ignores s, at a VAE's own KL weight of 1: swap 17.6 % after 20 epochs. At
+    ours it is the KL that prevents it, and terms 3 and 4 make decodings sharp and varied (README, ablation).
+    (This form of the loss pushes even while the adversary wins.)
     """
     return F.softplus(-verdicts).mean()
 
@@ -456,7 +458,7 @@ def prior_term(verdicts):
 
         -log sigmoid(Adv(Dec(z, s2), id2)),   z ~ N(0, I)
 
-    In Figure 1, but of weight 0 in the authors' code. Without it, a sample need not show its class.
+    In Figure 1, but of weight 0 in the authors' code. Without it, samples vary less: .75 instead of .89.
     """
     return adversary_term(verdicts)
 
