@@ -840,10 +840,6 @@ def draw_figures(model, data, folder):
 # ---- The checkpoint and the command line ---------------------------------------------------------
 
 
-# All that the rest of training depends on, beside the generator: --resume goes on to the last bit.
-PARTS = "model", "adversary", "optimizer", "adversary_optimizer"
-
-
 def snapshot(config, model, parts, generator):
     """A checkpoint: copies of all that the rest of training depends on, to go on to the last bit."""
     states = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
@@ -912,7 +908,9 @@ def run(args, config, saved):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()
     # An older checkpoint is written over, any other file is not.
-    model = load_checkpoint(checkpoint, device) if args.plot_only or checkpoint.exists() else None
+    model = None
+    if args.plot_only or (checkpoint.exists() and not saved):
+        model = load_checkpoint(checkpoint, device)
     if args.plot_only and args.dataset not in ("auto", model.dataset):
         raise UserError(f"{checkpoint} was trained on {model.dataset}, not on {args.dataset}")
     data = load_data(model.dataset if args.plot_only else args.dataset, args.data_dir, device)

@@ -658,7 +658,7 @@ def test_the_classifier_ascends_what_f_z_descends(nets, triple):
 
 
 def test_the_extension_survives_rare_classes():
-    """A class with one image, met once in a thousand steps: no NaN."""
+    """A class with one image, met once in 40 steps: no NaN."""
     small = digits(40)
     small.labels[:] = torch.arange(40) == 7
     config = Config(epochs=20, batch_size=1, leak_weight=60.0, learning_rate=1e-4)
