@@ -1,7 +1,7 @@
 """The facts of the method, one a test: python -m pytest -q. No network, no MNIST, nothing timed.
 
-Run as a script, python test_advvae.py, this file is the benchmark instead; with the word departures,
-probe or endurance behind it, one of the longer measurements that the README reports.
+Run as a script, python test_advvae.py, this file is the benchmark instead; with a word behind it one of the
+longer measurements that the README reports: departures, probe, picture, exercise, endurance.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import copy
 import gzip
 import io
 import math
+import os
 import random
 import re
 import statistics
@@ -17,16 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import matplotlib
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Bernoulli, Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.utils import save_image
 
 import advvae
 from advvae import TERMS, AdvVAE, Adversary, Config, Data, TripleSampler
@@ -226,7 +230,7 @@ def test_typesets_factors_say_nothing_of_the_class(data):
 
 def idx_bytes(array):
     header = struct.pack(f">BBBB{array.dim()}I", 0, 0, 8, array.dim(), *array.shape)
-    return header + bytes(array.flatten().tolist())
+    return header + bytes(array.flatten().int().tolist())
 
 
 def write_mnist(folder, n=30, labels=None, size=28):
@@ -471,7 +475,7 @@ def test_the_learning_rate_falls_to_0_in_the_second_half(data, monkeypatch):
 
     monkeypatch.setattr(advvae, "train_step", spy)
     advvae.train(Config(epochs=4, batch_size=60, learning_rate=1.0), data)
-    wanted = [min(1, 2 * (1 - step / 40)) for step in range(40)]
+    wanted = [min(1, 2 * (1 - (step + 0.5) / 40)) for step in range(40)]
     assert all(pair == pytest.approx([want] * 2) for pair, want in zip(rates, wanted, strict=True))
 
 
@@ -779,9 +783,9 @@ def test_linear_r2_is_a_share_of_variance():
 # The program
 
 
-def small_typeset(monkeypatch, n=300):
-    full = advvae.typeset
-    monkeypatch.setattr(advvae, "typeset", lambda count, generator, device: full(min(count, n), generator, device))
+def small_typeset(monkeypatch, n=300, module=advvae):
+    full = module.typeset
+    monkeypatch.setattr(module, "typeset", lambda count, *rest: full(min(count, n), *rest))
 
 
 def command(tmp_path, *more):
@@ -988,8 +992,38 @@ def test_corrupt_idx_files_are_refused(fault, dataset, tmp_path, no_network, cap
     assert not (tmp_path / "a.pt").exists()
 
 
+@pytest.mark.parametrize("images", [
+    torch.randint(256, (3, 28, 28), generator=seeded()), torch.zeros(30, 28, 28), torch.full((30, 28, 28), 255),
+    torch.arange(30).view(-1, 1, 1).expand(-1, 28, 28), torch.full((2, 28, 28), 7),
+], ids=["three", "black", "white", "each of one gray", "two of one class"])  # fmt: skip
+def test_odd_data_give_no_nan(images, tmp_path, capsys):
+    """Three images in all, images without a line in them: trained on, judged and drawn, every number finite."""
+    raw = write_mnist(tmp_path, labels=[9, 9] if len(images) == 2 else [9, 4, 9] * (len(images) // 3))
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx_bytes(images))
+    data = advvae.load_data("mnist", tmp_path)
+    model = advvae.train(Config(epochs=2, leak_weight=60.0), data)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert all(map(math.isfinite, advvae.evaluate(model, data).values()))
+    advvae.draw_figures(model, data, tmp_path)
+    assert " nan" not in capsys.readouterr().out
+
+
+def test_a_path_that_the_terminal_cannot_show(data, tmp_path):
+    """Where stdout is ASCII, a folder with an umlaut in its name is written to and named all the same."""
+    folder = tmp_path / "Übung"
+    folder.mkdir()
+    advvae.train(Config(epochs=0), data, folder / "a.pt")
+    paths = ["--checkpoint", folder / "a.pt", "--figures-dir", folder]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    argv = [sys.executable, HERE / "advvae.py", "--plot-only", "--device", "cpu", *paths]
+    ended = subprocess.run(argv, env=environment, capture_output=True)
+    assert (ended.returncode, ended.stderr) == (0, b"") and rb"\xdcbung" in ended.stdout
+    assert (folder / "typeset-swap.png").exists()
+
+
 def mutations(whole, n, seed=0):
-    """n damaged copies of whole: bytes changed, cut out, put in twice, or all cut from some place on."""
+    """n damaged copies of whole: bytes changed, cut out, put in twice, or all cut from some place on; never empty."""
     generator = random.Random(seed)
     for _ in range(n):
         damaged = bytearray(whole)
@@ -999,7 +1033,7 @@ def mutations(whole, n, seed=0):
             if kind == 0:
                 damaged[i] ^= 1 << generator.randrange(8)
             elif kind == 1:
-                del damaged[i : i + length]
+                del damaged[max(i, 1) : i + length]
             elif kind == 2:
                 damaged[i:i] = damaged[i : i + length]
             else:
@@ -1008,11 +1042,14 @@ def mutations(whole, n, seed=0):
 
 
 def fuzz(folder, n):
-    """Load n damaged checkpoints and n damaged MNIST files: a dict of how many were loaded and refused."""
+    """Load n damaged checkpoints and n damaged MNIST files: how many were loaded and refused, and the MiB it took."""
     raw, checkpoint, counts = write_mnist(folder), folder / "a.pt", {}
     advvae.train(Config(epochs=0, s_dim=2, z_dim=2), digits(20, test=10), checkpoint)
     places = [(checkpoint, lambda: advvae.load_checkpoint(checkpoint))]
     places += [(file, lambda: advvae.load_data("mnist", folder)) for file in sorted(raw.iterdir())]
+    for _, load in places:
+        load()
+    before = peak_memory()
     for path, load in places:
         whole = path.read_bytes()
         for damaged in mutations(whole, n if path == checkpoint else n // 4):
@@ -1026,19 +1063,21 @@ def fuzz(folder, n):
             key = f"{path.suffix or path.name[:5] + path.name.split('-')[1]} {outcome}"
             counts[key] = counts.get(key, 0) + 1
         path.write_bytes(whole)
-    return counts
+    return counts, peak_memory() - before
 
 
 def test_damaged_files_are_loaded_or_refused(tmp_path, no_network):
     """Nothing but a UserError comes out, whatever happened to the bytes."""
-    assert sum(fuzz(tmp_path, 200).values()) == 400
+    counts, mebibytes = fuzz(tmp_path, 200)
+    assert sum(counts.values()) == 400 and mebibytes < 300
 
 
 def small_run(folder, *flags):
     """A training on 300 digits that neither evaluates nor draws."""
-    full = advvae.typeset
-    few = lambda n, generator, device: full(min(n, 300), generator, device)  # noqa: E731
-    with mock.patch.multiple(advvae, typeset=few, evaluate=mock.Mock(), draw_figures=mock.Mock()):
+    with pytest.MonkeyPatch.context() as patch:
+        small_typeset(patch)
+        for name in ("evaluate", "draw_figures"):
+            patch.setattr(advvae, name, mock.Mock())
         advvae.main(command(Path(folder), "--batch-size", "50", *flags))
 
 
@@ -1090,6 +1129,84 @@ def test_inline_metadata_equals_requirements():
     inline = re.findall(r'"([^"]+)"', block.split("dependencies")[1])
     assert inline == (HERE / "requirements.txt").read_text().split()
     assert '"torch>=' in block and 'requires-python = ">=3.10"' in block
+
+
+# The README's exercises and notebook
+
+
+def blocks(language, text):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def section(title):
+    return (HERE / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def exercise(number):
+    """What the README says of an exercise: advvae.py with the change made, the commands' flags, the Python."""
+    preamble, *exercises = section("Exercises").split("\n### ")
+    text = next(text for text in exercises if text.startswith(f"{number}. "))
+    source = (HERE / "advvae.py").read_text()
+    for block in blocks("diff", text):
+        lines = block.splitlines(keepends=True)
+        old, new = ("".join(line[1:] for line in lines if line[0] == sign) for sign in "-+")
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    python = "".join(blocks("python", text))
+    return source, [line.split()[2:] for line in blocks("sh", text)], python and blocks("python", preamble)[0] + python
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch, no_network):
+    """An empty folder to work in, matplotlib without a screen, data sets of 300 digits, trainings of one epoch."""
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+
+    def shorten(module):
+        train = module.train
+        small_typeset(monkeypatch, module=module)
+        monkeypatch.setattr(module, "train", lambda config, *rest: train(replace(config, epochs=1), *rest))
+
+    return shorten
+
+
+@pytest.mark.parametrize("number", range(1, 11))
+def test_an_exercise_can_be_done(number, elsewhere, monkeypatch, capsys):
+    """Its change fits advvae.py as it is, what results trains, and its Python runs."""
+    source, commands, python = exercise(number)
+    module = types.ModuleType("advvae")
+    monkeypatch.setitem(sys.modules, "advvae", module)
+    exec(source, vars(module))
+    elsewhere(module)
+    for flags in commands:
+        module.main(flags)
+    exec(python, {})
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_the_notebooks_lines_run(elsewhere, tmp_path, monkeypatch):
+    """Just as they stand in the README, with two pictures of one's own."""
+    elsewhere(advvae)
+    advvae.main(["--dataset", "typeset", "--device", "cpu"])
+    names = re.findall(r"\w+\.png", section("In a notebook"))
+    for name, ink in zip(names, digits(2).images, strict=True):
+        save_image(1 - F.pad(ink, (3, 3)), name)
+    known = {}
+    exec("".join(blocks("python", section("In a notebook"))), known)
+    assert known["swapped"].shape == (2, 1, 28, 28)
+
+
+def run_exercise(number, data_dir="data"):
+    """Do an exercise in a copy of advvae.py, as its text says; its pictures go to the folder exercise-<number>."""
+    source, commands, python = exercise(number)
+    data, folder = Path(data_dir).resolve(), Path(f"exercise-{number}")
+    data.mkdir(exist_ok=True)
+    folder.mkdir()
+    (folder / "advvae.py").write_text(source)
+    (folder / "data").symlink_to(data)
+    (folder / "exercise.py").write_text(python)
+    for line in [["advvae.py", *flags] for flags in commands] + [["exercise.py"]]:
+        subprocess.run([sys.executable, *line], cwd=folder, check=True)
 
 
 # Learning
@@ -1340,17 +1457,22 @@ def run_python(code):
         return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
+def peak_memory():
+    """This process's, in MiB; 0 on Windows, which has no module resource."""
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def one_size(n, batch, device):
     """One row of the benchmark's table: n images, one batch size; memory is this process's peak."""
-    import resource  # not on Windows
-
     images, labels, _ = advvae.typeset(n, seeded(), device)
     trainer = Trainer(images, labels, Config(batch_size=batch))
     seconds_of(trainer, device, 1)
     rate = batch / statistics.median(seconds_of(trainer, device, 5))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak_memory()
     print(f"{n:10,}{batch:8,}{rate:12,.0f}{peak:20,.0f}")
 
 
@@ -1358,21 +1480,61 @@ def one_size(n, batch, device):
 
 
 @torch.no_grad()
-def strong_probe(checkpoint, data_dir="data", width=1024, epochs=50):
-    """Print the test accuracy with which a wide network, trained long, tells the class from sampled z."""
-    model = advvae.load_checkpoint(checkpoint)
-    data = advvae.load_data(model.dataset, data_dir)
-    (_, mu, logvar), (_, test_mu, test_logvar) = model.encode(data.images), model.encode(data.test_images)
+def told(model, data, width, epochs):
+    """The test accuracies with which networks of such a width, trained so long, tell the class from z and from s."""
+    (s, mu, logvar), (test_s, test_mu, test_logvar) = model.encode(data.images), model.encode(data.test_images)
     torch.manual_seed(0)
     generator = seeded()
     test_z = model.reparameterize(test_mu, test_logvar, generator)
-    net = nn.Sequential(
-        nn.Linear(model.z_dim, width), nn.BatchNorm1d(width), nn.ReLU(),
-        nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, int(data.labels.max()) + 1),
-    )  # fmt: skip
     z_at = lambda i: model.reparameterize(mu[i], logvar[i], generator)  # noqa: E731
-    fitted = advvae.fit_classifier(net, z_at, data.labels, epochs, generator)
-    print(f"class told from sampled z by {width} units, {epochs} epochs: {fitted(test_z, data.test_labels):.1%}")
+    rest = data.labels, data.test_labels, generator, width, epochs
+    return advvae.probe_accuracy(z_at, test_z, *rest), advvae.probe_accuracy(s.__getitem__, test_s, *rest)
+
+
+def strong_probe(checkpoint="advvae.pt", data_dir="data", width=1024, epochs=50):
+    """Print what a wide network that is trained long finds in z and in s."""
+    model = advvae.load_checkpoint(checkpoint)
+    from_z, from_s = told(model, advvae.load_data(model.dataset, data_dir), int(width), int(epochs))
+    print(f"class told by {width} units, {epochs} epochs: from sampled z {from_z:.1%}, from s {from_s:.1%}")
+
+
+# A picture for the README: python test_advvae.py picture [data folder], some minutes
+
+
+@torch.no_grad()
+def picture(data_dir="data", folder="figures", epochs=20):
+    """Draw mnist-codes.png: what probes tell after some of the epochs, and what a swap takes from z's source."""
+    from matplotlib.figure import Figure
+
+    data, by_epoch = advvae.load_data("mnist", data_dir), {}
+
+    def look(path, saved):
+        if len(saved["history"]) in (1, 2, 3, 5, 7, 10, 15, epochs):
+            model = AdvVAE()
+            model.load_state_dict(saved["model"])
+            by_epoch[len(saved["history"])] = told(model.eval(), data, width=256, epochs=15)
+
+    with torch.enable_grad(), mock.patch.object(advvae, "save_checkpoint", look):
+        model = advvae.train(Config(epochs=epochs), data, checkpoint="none")
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes, *places = figure.subplots(1, 3)
+    for code, values in zip("zs", zip(*by_epoch.values())):
+        axes.plot(by_epoch.keys(), values, ".-", label=f"from {code}")
+    axes.axhline(data.test_labels.bincount().max() / len(data.test_labels), color="gray", label="chance")
+    axes.set(title="the class, told by probes", xlabel="epoch", ylabel="test accuracy", ylim=(0, 1.02))
+    axes.legend(loc="center right")
+    x = data.test_images[:2000]
+    s, mu, _ = model.encode(x)
+    swapped = model.decode(mu, s[torch.randperm(len(x), generator=seeded())])
+    for place, measure in zip(places, (advvae.slant, advvae.stroke_thickness)):
+        r = torch.corrcoef(torch.stack([measure(x), measure(swapped)]))[0, 1]
+        place.plot(measure(x), measure(swapped), ".", markersize=2)
+        place.set(title=f"{measure.__name__.replace('_', ' ')}, r = {r:.2f}")
+        place.set(xlabel="the image that gave z", ylabel="swapped image")
+    figure.savefig(Path(folder) / "mnist-codes.png", dpi=110)
+
+
+# Kills and damaged files by the dozen: python test_advvae.py endurance, some minutes
 
 
 def endurance(folder, n):
@@ -1382,7 +1544,7 @@ def endurance(folder, n):
     same = same_weights(weights_of(folder / "killed" / "a.pt"), weights_of(folder / "whole" / "a.pt"))
     print(f"\n{n} kills, {left} checkpoints, all whole; resumed, the end is {'' if same else 'NOT '}bit-equal")
     with mock.patch("torchvision.datasets.MNIST.download", side_effect=RuntimeError("no network")):
-        print(fuzz(folder / "fuzz", 50 * n))
+        print("{}; {:.0f} MiB more memory than for whole files".format(*fuzz(folder / "fuzz", 50 * n)))
 
 
 if __name__ == "__main__":
@@ -1390,6 +1552,10 @@ if __name__ == "__main__":
         departures(*sys.argv[2:])
     elif sys.argv[1:2] == ["probe"]:
         strong_probe(*sys.argv[2:])
+    elif sys.argv[1:2] == ["exercise"]:
+        run_exercise(*sys.argv[2:])
+    elif sys.argv[1:2] == ["picture"]:
+        picture(*sys.argv[2:])
     elif sys.argv[1:2] == ["endurance"]:
         with tempfile.TemporaryDirectory() as folder:
             endurance(Path(folder), 50)
