@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-import matplotlib
+import matplotlib.figure
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1184,7 +1184,7 @@ def test_an_exercise_can_be_done(number, elsewhere, monkeypatch, capsys):
     assert "nan" not in capsys.readouterr().out
 
 
-def test_the_notebooks_lines_run(elsewhere, tmp_path, monkeypatch):
+def test_the_notebooks_lines_run(elsewhere):
     """Just as they stand in the README, with two pictures of one's own."""
     elsewhere(advvae)
     advvae.main(["--dataset", "typeset", "--device", "cpu"])
@@ -1504,8 +1504,6 @@ def strong_probe(checkpoint="advvae.pt", data_dir="data", width=1024, epochs=50)
 @torch.no_grad()
 def picture(data_dir="data", folder="figures", epochs=20):
     """Draw mnist-codes.png: what probes tell after some of the epochs, and what a swap takes from z's source."""
-    from matplotlib.figure import Figure
-
     data, by_epoch = advvae.load_data("mnist", data_dir), {}
 
     def look(path, saved):
@@ -1516,7 +1514,7 @@ def picture(data_dir="data", folder="figures", epochs=20):
 
     with torch.enable_grad(), mock.patch.object(advvae, "save_checkpoint", look):
         model = advvae.train(Config(epochs=epochs), data, checkpoint="none")
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(13, 4), layout="constrained")
     axes, *places = figure.subplots(1, 3)
     for code, values in zip("zs", zip(*by_epoch.values())):
         axes.plot(by_epoch.keys(), values, ".-", label=f"from {code}")
@@ -1548,16 +1546,11 @@ def endurance(folder, n):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["departures"]:
-        departures(*sys.argv[2:])
-    elif sys.argv[1:2] == ["probe"]:
-        strong_probe(*sys.argv[2:])
-    elif sys.argv[1:2] == ["exercise"]:
-        run_exercise(*sys.argv[2:])
-    elif sys.argv[1:2] == ["picture"]:
-        picture(*sys.argv[2:])
-    elif sys.argv[1:2] == ["endurance"]:
+    measurements = {"departures": departures, "probe": strong_probe, "picture": picture, "exercise": run_exercise}
+    if sys.argv[1:2] == ["endurance"]:
         with tempfile.TemporaryDirectory() as folder:
             endurance(Path(folder), 50)
+    elif sys.argv[1:] and sys.argv[1] in measurements:
+        measurements[sys.argv[1]](*sys.argv[2:])
     else:
         benchmark(sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu")
