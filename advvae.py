@@ -210,7 +210,8 @@ class ZClassifier(nn.Module):
         moments = sums / sums[:, :1, :1]
         mean = moments[:, 0, 1:]  # (n_classes, z_dim)
         covariance = moments[:, 1:, 1:] - mean.unsqueeze(2) * mean.unsqueeze(1)
-        gaussians = torch.distributions.MultivariateNormal(mean, covariance, validate_args=False)
+        root = torch.linalg.cholesky_ex(covariance).L  # not finite once training diverges, which train reports
+        gaussians = torch.distributions.MultivariateNormal(mean, scale_tril=root, validate_args=False)
         return gaussians.log_prob(z.unsqueeze(1)) + self.rest(z).float()
 
 

@@ -604,13 +604,14 @@ def test_a_checkpoints_code_does_not_run(tmp_path, capsys):
         assert "no checkpoint" in refused(capsys, command(tmp_path, *flags))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
-    """With a message that names it, and with the last checkpoint as it was."""
+@pytest.mark.parametrize("weights", [{"swap_weight": 1e6}, {"leak_weight": 60.0}])
+def test_a_loss_that_is_not_finite_stops_the_run(weights, data, tmp_path):
+    """With a message that names it, and with the last checkpoint as it was; with the extension, too."""
     path = tmp_path / "a.pt"
     advvae.train(Config(epochs=0), data, path)
     old = path.read_bytes()
     with pytest.raises(advvae.UserError, match=r"(nan|inf) at epoch 1, step \d+: try a lower --learning-rate"):
-        advvae.train(Config(epochs=2, learning_rate=1, swap_weight=1e6, batch_size=20), data, path)
+        advvae.train(Config(epochs=2, learning_rate=1, batch_size=20, **weights), data, path)
     assert path.read_bytes() == old
 
 
