@@ -638,6 +638,18 @@ def test_the_classifiers_gaussians_are_fitted_to_each_class():
     torch.testing.assert_close(classifier(z).detach(), wanted, atol=0.15, rtol=0.1)
 
 
+def test_the_classifiers_gaussians_forget_by_images_not_by_batches():
+    """What was counted of a class fades as much over two batches of 256 without it as over one of 512."""
+    mu, logvar, _, id = class_codes(0.5, n=512)
+    one, other = advvae.ZClassifier(3, 3), advvae.ZClassifier(3, 3)
+    for classifier, batch in ((one, 512), (other, 256)):
+        classifier.sums.fill_(1)
+        for part in zip(mu.split(batch), logvar.split(batch), id.split(batch)):
+            classifier.fit(*part)
+    torch.testing.assert_close(one.sums[2], torch.full((4, 4), 0.9))
+    torch.testing.assert_close(other.sums[2], one.sums[2])
+
+
 def test_the_leak_is_0_at_most_the_entropy_and_near_what_z_tells():
     """Of z that is the same for both classes, of z that gives the class away, of z in between."""
     for shift, low, high in ((0.0, -0.02, 0.02), (0.5, 0.2, 0.35), (5.0, 0.68, math.log(2) + 1e-6)):
