@@ -75,7 +75,7 @@ class Config:
     """Every hyperparameter, chosen by measurement on MNIST where no source is named. Raises UserError."""
 
     epochs: int = setting(20, 0, 10**6, "passes over the training set, each image once as x1")
-    batch_size: int = setting(512, 1, 10**6, "triples a step (authors' code: 16); 128 at 3e-3: finer, slower")
+    batch_size: int = setting(512, 1, 10**6, "triples a step (authors' code: 16); 128 at 3e-3: finer")
     learning_rate: float = setting(4e-3, 0, 1, "of both Adams (authors': 0.01); falls to 0 from half-way on")
     seed: int = setting(0, 0, 2**63 - 1, "same seed, same machine: same result on the CPU")
     reconstruction_weight: float = setting(0.2, 0, 1e6, "of term 1's likelihood; 0 removes a term")
@@ -86,7 +86,7 @@ class Config:
     leak_weight: float = setting(0.0, 0, 1e6, "of the extension, what z tells of the class; 60 works")
     s_dim: int = setting(16, 1, 1000, "dimensions of s (authors' code: 64)")
     z_dim: int = setting(16, 1, 1000, "dimensions of z (authors' code: 512)")
-    bfloat16: int = setting(BFLOAT16_IS_FAST, 0, 1, "1: bfloat16 networks on a CPU; default 1 if built for it")
+    bfloat16: int = setting(BFLOAT16_IS_FAST, 0, 1, "1: bfloat16 on a CPU; default 1 if it is built for it")
 
     @property
     def weights(self):
@@ -210,7 +210,7 @@ class ZClassifier(nn.Module):
         moments = sums / sums[:, :1, :1]
         mean = moments[:, 0, 1:]  # (n_classes, z_dim)
         covariance = moments[:, 1:, 1:] - mean.unsqueeze(2) * mean.unsqueeze(1)
-        root = torch.linalg.cholesky_ex(covariance).L  # not finite once training diverges, which train reports
+        root = torch.linalg.cholesky_ex(covariance).L  # not finite when training diverges: train says so
         gaussians = torch.distributions.MultivariateNormal(mean, scale_tril=root, validate_args=False)
         return gaussians.log_prob(z.unsqueeze(1)) + self.rest(z).float()
 
@@ -731,7 +731,7 @@ def evaluate(model, data, seed=0):
     for name, measure in (("slant", slant), ("thickness", stroke_thickness)):
         of_swapped, of_x = measure(swapped), measure(test_x)
         within = sum((of_x[c] - of_x[c].mean()).square().sum() for c in classes)
-        within = within / (of_x - of_x.mean()).square().sum().clamp_min(1e-6)  # as a share of all its variance
+        within = within / (of_x - of_x.mean()).square().sum().clamp_min(1e-6)  # as a share of all variance
         for code, source, best in (("z", of_x, within), ("s", of_x[other], 1 - within)):
             r = torch.corrcoef(torch.stack([of_swapped, source]))[0, 1]
             text = f"{name} of swapped image and of {code}'s source, r"
@@ -883,7 +883,7 @@ def save_checkpoint(path, saved):
 
 def load_checkpoint(path, device="cpu"):
     """The trained AdvVAE in eval mode, on device, with .dataset (a name), .history (a dict of means for each
-    epoch) and .saved (what --resume goes on from). Raises UserError if path is no checkpoint of this file."""
+    epoch) and .saved (what --resume goes on from). Raises UserError if it is no checkpoint of this file."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # data only: no code in it runs
         config = Config(**saved["config"])
