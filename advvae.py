@@ -32,7 +32,7 @@ One step and the loop [4]; what z and s know [5]; pictures, the swap grid last [
     python advvae.py --help                 every flag, its default and its unit
 
 Change what you like: a network may be anything that keeps its shapes in and out, a term anything that gives
-a scalar; `python -m pytest` names the fact of the method that a change breaks. Beyond the paper there is
+a scalar; `python -m pytest` says which fact of the method a change breaks. Beyond the paper there is
 one extension, off by default and marked as such: --leak-weight [1, 3].
 """
 
@@ -54,7 +54,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-# ---- Configuration: every hyperparameter once; the command line's flags are made from it ---------
+# ---- Configuration: the settings; the command line's flags are made from it ----------------------
 
 TERMS = "reconstruction", "kl", "swap", "adversary", "prior", "leak"  # leak is an extension, off by default
 CPUINFO = Path("/proc/cpuinfo")  # where Linux lists a processor's features
@@ -72,10 +72,10 @@ def setting(default, low, high, text):
 
 @dataclass
 class Config:
-    """Every hyperparameter, chosen by measurement on MNIST where no source is named. Raises UserError."""
+    """The settings, chosen by measurement on MNIST where no source is named. Raises UserError."""
 
     epochs: int = setting(20, 0, 10**6, "passes over the training set, each image once as x1")
-    batch_size: int = setting(512, 1, 10**6, "triples a step (authors' code: 16); 128 at 3e-3: finer")
+    batch_size: int = setting(512, 1, 10**6, "triples a step (authors' code: 16); 128 at 3e-3: sharper")
     learning_rate: float = setting(4e-3, 0, 1, "of both Adams (authors': 0.01); falls to 0 from half-way on")
     seed: int = setting(0, 0, 2**63 - 1, "same seed, same machine: same result on the CPU")
     reconstruction_weight: float = setting(0.2, 0, 1e6, "of term 1's likelihood; 0 removes a term")
@@ -106,9 +106,9 @@ class Config:
 # Effects of departures are measured on MNIST after 6 epochs, seed 0, where the file as it stands gives:
 # class told from z 27.4 %, swapped class right 97.1 %, reconstruction .0201, and prior samples have .77 of
 # the real images' variance within a class (`python test_advvae.py departures`).
-# Departure: the authors' networks for digits are four 4x4 convolutions with stride 2 on images padded to
-# 32x32. Here the first layer goes to 7x7 maps at once and nothing is wide before, for speed. Three such
-# convolutions and their mirror image: z 28.2 %, swap 96.3 %, reconstruction .0230, variance .95.
+# Departure: the authors' networks halve images padded to 32x32 three times, in four convolutions or more.
+# Here the first layer goes to 7x7 maps at once, for speed. Three 4x4 convolutions with stride 2 and their
+# mirror image: z 28.2 %, swap 96.3 %, reconstruction .0230, variance .95.
 
 
 class SpecifiedEncoder(nn.Sequential):
@@ -133,9 +133,9 @@ class UnspecifiedEncoder(nn.Module):
         self.out = nn.Linear(256, 2 * z_dim)
 
     def forward(self, x, s):
-        # f_z sees s, as in the paper, so that z need not repeat it (not in the authors' code; without it:
-        # swap 83.9 %, reconstruction .0358). Here s also scales each feature, as what shows the slant,
-        # say, differs from digit to digit (s beside the features only: z 27.9 %, reconstruction .0196).
+        # f_z sees s, as in the paper, so that it needn't recognize the digit by itself (not in the authors'
+        # code; without: z 22.9 %, but swap 83.9 %, reconstruction .0358). Here s also scales each feature,
+        # as what shows the slant may differ from digit to digit (without: z 27.9 %, reconstruction .0196).
         h = self.hidden(torch.cat([self.stem(x), s], dim=1))  # (N, 256)
         return self.out(h * (1 + self.scale(s))).float().chunk(2, dim=1)
 
@@ -160,9 +160,9 @@ class Decoder(nn.Module):
 class Adversary(nn.Module):
     """Adv: images (N, 1, 28, 28) in [0, 1], class ids (N,) -> verdicts (N,): logits, > 0 for "real".
 
-    Departure: the authors' code adds a learned map per class to the output of each convolution;
-    here the features are compared with a learned vector per class (Miyato and Koyama 2018).
-    Theirs: z 29.1 %, swap 97.2 %, reconstruction .0193.
+    Departure: the authors' code adds learned maps per class to the output of several convolutions;
+    here the features are compared with a learned vector per class (Miyato and Koyama 2018). One
+    such map in place of the vector: z 29.1 %, swap 97.2 %, reconstruction .0193.
     Departure: every weight matrix is divided by its spectral norm (Miyato et al. 2018), which keeps
     the adversary's slope, and so the push of terms 3 and 4, bounded. Without:
     z 33.7 %, swap 96.5 %, reconstruction .0256.
@@ -248,7 +248,8 @@ class TripleSampler:
     images (M, 1, 28, 28) and labels (M,), any integers, lie on one device, which is generator's too.
     x1_same is uniform over x1's class, x2 over all images; id2 is x2's label (caption of Figure 1), id1
     is x1's, which only the extension uses.
-    Departure: x1_same may be x1 itself, 1 draw in 6,000 on MNIST, so that a class may have one image.
+    Departure: x1_same may be x1 itself, as in the authors' code: 1 draw in 6,000 on MNIST. So a class may
+    have a single image.
     """
 
     def __init__(self, images, labels, batch_size, generator):
@@ -322,6 +323,8 @@ def load_data(name, data_dir="data", device="cpu"):
             raise UserError(why) from error
         print("!" * 100, f"NOT MNIST BUT TYPESET, the embedded data set: {why}", "!" * 100, sep="\n")
         return load_data("typeset", device=device)
+    finally:
+        socket.setdefaulttimeout(None)
     images, test_images = (part.data.unsqueeze(1).to(device) / 255 for part in parts)  # (M, 1, 28, 28)
     labels, test_labels = (torch.searchsorted(classes, part.targets).to(device) for part in parts)
     return Data(name, images, labels, test_images, test_labels)
@@ -389,9 +392,8 @@ def render(labels, factors):
         cells = atlas[font, labels[i]].unsqueeze(1)  # (n, 1, 64, 64)
         inside = F.grid_sample(cells, grid, padding_mode="border", align_corners=False)  # (n, 1, 28, 28)
         # In pixels; strokes are fattened by moving their edge. A pixel on the edge is covered in part.
-        column = lambda values: values.view(-1, 1, 1, 1)  # noqa: E731
-        edge = column(size) * inside + column(thickness - own[font] * size) / 2
-        images.append((edge + 0.5).clamp(0, 1))
+        size, more = size.view(-1, 1, 1, 1), (thickness - own[font] * size).view(-1, 1, 1, 1)
+        images.append((size * inside + more / 2 + 0.5).clamp(0, 1))
     return torch.cat(images)
 
 
@@ -402,7 +404,7 @@ def typeset(n, generator, device="cpu"):
     factors = {"font": torch.randint(len(FACES), (n,), generator=generator)}
     for name, (low, high) in ranges.items():
         factors[name] = low + (high - low) * torch.rand(n, generator=generator)
-    # Limits: thinner than that a bold face loses its hairlines; thicker, its loops fill.
+    # Thinned by more than .7 pixels a bold face loses its hairlines; fattened by more than 2, its loops fill.
     own = glyph_atlas()[1][factors["font"]] * factors["size"]
     factors["thickness"] = own + (factors["thickness"] - own).clamp(-0.7, 2.0)
     labels, factors = labels.to(device), {name: factor.to(device) for name, factor in factors.items()}
@@ -425,7 +427,7 @@ def reconstruction_term(x1, x1_decoded):
 
 
 def kl_term(mu, logvar):
-    """Term 1, KL of what z1 tells about x1. Both (N, z_dim); scalar >= 0.
+    """Term 1, KL from the prior to f_z's Gaussian: a bound of what z1 tells of x1. (N, z_dim); scalar >= 0.
 
         KL(N(mu, exp(logvar)) || N(0, I)) = 1/2 sum over dimensions of  mu^2 + exp(logvar) - 1 - logvar
     """
@@ -437,9 +439,9 @@ def swap_term(x1, x1_decoded):
 
         -log p(x1 | z1, s1_same),   s1_same = f_s(x1_same)
 
-    So s can carry only what a class shares.
-    Departure: the authors' code takes terms 1 and 2 for all three images and in both directions, term
-    3 for two pairs; here each is taken once, for x1. Less work a step; the effect is not measured.
+    So the decoder can take from s only what a class shares.
+    Departure: the authors' code takes term 1 for all three images, term 2 in both directions and term 3
+    for two pairs; here each is taken once, for x1. Less work a step; the effect is not measured.
     """
     return reconstruction_term(x1, x1_decoded)
 
@@ -462,7 +464,8 @@ def prior_term(verdicts):
 
         -log sigmoid(Adv(Dec(z, s2), id2)),   z ~ N(0, I)
 
-    In Figure 1, but of weight 0 in the authors' code. Without it, samples vary less: .75 instead of .88.
+    In Figure 1, but of weight 0 in the authors' code. Without it, samples vary less: .75 instead of .88,
+    after 20 epochs.
     """
     return adversary_term(verdicts)
 
@@ -480,8 +483,8 @@ def leak_term(logits, id1):
 
         H(id1) - E[-log p(id1 | z1)],   a lower bound of the mutual information I(z; id)
 
-    Terms 1 to 4 make the decoder disregard what z knows of the class; only the KL asks z to drop it, and
-    with it everything else. The classifier ascends this, f_z descends it.
+    Of terms 1 to 4 only the KL asks z to drop what it knows of the class, and with it everything else; the
+    others look at decodings. The classifier ascends this, the encoders descend it.
     """
     shares = torch.distributions.Categorical(probs=torch.bincount(id1).float())
     return shares.entropy() - F.cross_entropy(logits, id1)
@@ -514,8 +517,9 @@ def four_terms(model, adversary, triple, config, generator):
 
     # Verdicts: one call of the adversary for both fakes, which claim to be of x2's class.
     fakes = torch.cat([none, *(decoded[name] for name in judged)])
-    verdicts = adversary(fakes, id2.repeat(len(judged))).split(len(x1)) if judged else ()
-    verdicts = dict(zip(judged, verdicts))
+    verdicts = {}
+    if judged:
+        verdicts = dict(zip(judged, adversary(fakes, id2.repeat(len(judged))).split(len(x1))))
 
     terms = {
         "reconstruction": lambda: reconstruction_term(x1, decoded["reconstruction"]),
@@ -578,11 +582,10 @@ def train(config, data, checkpoint=None, saved=None):
     model.dataset, model.history, live = data.name, [], sys.stdout.isatty()
     sampler = TripleSampler(data.images, data.labels, config.batch_size, generator)
     optimizers = [torch.optim.Adam(net.parameters(), betas=(0.5, 0.99)) for net in (model, adversary)]
-    names = "model", "adversary", "optimizer", "adversary_optimizer"
-    parts = dict(zip(names, (model, adversary, *optimizers)))
+    parts = dict(model=model, adversary=adversary, optimizer=optimizers[0], adversary_optimizer=optimizers[1])
     if saved:
-        restore(saved, model, parts, generator)
-    last = snapshot(config, model, parts, generator)
+        restore(saved, parts, generator)
+    last = snapshot(config, parts, generator)
     try:
         for epoch in range(len(model.history) + 1, config.epochs + 1):
             start, seen, sums = time.perf_counter(), 0, 0
@@ -611,13 +614,13 @@ def train(config, data, checkpoint=None, saved=None):
             line = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
             clear = "\033[K" if live else ""
             print(f"{clear}epoch {epoch}/{config.epochs}  {line}  {rate:,.0f} images/s", flush=True)
-            last = snapshot(config, model, parts, generator)
+            last = snapshot(config, parts, generator)
             if checkpoint:
                 save_checkpoint(checkpoint, last)
     except KeyboardInterrupt:
         if not last["history"]:
             raise  # there is nothing to keep
-        restore(last, model, parts, generator)
+        restore(last, parts, generator)
         print(f"\nCtrl-C: back to the end of epoch {len(model.history)}; --resume goes on there", flush=True)
     if checkpoint:  # once more: Ctrl-C may have come while it was written, and --epochs 0 has no epoch
         save_checkpoint(checkpoint, last)
@@ -645,9 +648,10 @@ def fit_classifier(net, inputs_at, labels, epochs, generator):
 
 
 def probe_accuracy(codes, test_codes, labels, test_labels, generator, width=256, epochs=15):
-    """The test accuracy in [0, 1] of a two-hidden-layer network that tells the class from codes, (M, d).
+    """The test accuracy in [0, 1] of a two-hidden-layer network that learns to tell the class from codes.
 
-    codes is a function of indices: z is drawn anew each time. The paper has such classifiers too.
+    codes(indices) gives those of training images, (n, d): z is drawn anew each time. test_codes (M, d). The
+    paper has such classifiers too.
     """
     net = nn.Sequential(
         nn.Linear(test_codes.shape[1], width), nn.BatchNorm1d(width), nn.ReLU(),
@@ -674,8 +678,9 @@ def stroke_thickness(images):
 
 def linear_r2(codes, factor, test_codes, test_factor):
     """The share of test_factor (N,)'s variance that a linear function, fitted to codes (M, d), explains."""
+    # On the CPU, whose lstsq has gelsy, which copes with constant dimensions.
     codes, test_codes = (F.pad(c.cpu(), (0, 1), value=1.0) for c in (codes, test_codes))
-    factor, test_factor = factor.cpu(), test_factor.cpu()  # whose lstsq solves for constant dimensions too
+    factor, test_factor = factor.cpu(), test_factor.cpu()
     fitted = test_codes @ torch.linalg.lstsq(codes, factor.unsqueeze(1), driver="gelsy").solution
     return 1 - ((test_factor - fitted.squeeze(1)).var() / test_factor.var()).item()
 
@@ -722,7 +727,7 @@ def evaluate(model, data, seed=0):
     row("swap_accuracy", judge(swapped, test_y[other]), "swapped image Dec(mu1, s2) has x2's class", ceiling)
     row("prior_accuracy", judge(sampled, test_y), "prior sample Dec(z, s2) has x2's class", ceiling)
     classes = [test_y == c for c in test_y.unique()]
-    drawn, real = (sum(x[c].var(0, correction=0).sum() for c in classes) for x in (sampled, test_x))
+    drawn, real = (sum(of[c].var(0, correction=0).sum() for c in classes) for of in (sampled, test_x))
     row("prior_diversity", drawn / real, "within-class variance, prior samples / real images", "1 is best")
     mse = F.mse_loss(reconstructed, test_x)
     row("reconstruction_mse", mse, "reconstruction, squared error a pixel", "0 is best")
@@ -790,7 +795,7 @@ def plot_curves(model, data, path):
             values = [means[key] for means in model.history if key in means]
             if values:  # a term of weight 0 has none
                 axes.plot(range(1, len(values) + 1), values, ".-", label=key.replace("_", " "))
-        axes.set(title=title, xlabel="epoch", ylabel=unit, ylim=(0, None))
+        axes.set(title=title, xlabel="epoch", ylabel=unit, ylim=(min(0, axes.dataLim.y0), None))
         if axes.lines:
             axes.legend()
     figure.suptitle(f"{data.name}: training")
@@ -847,25 +852,26 @@ def draw_figures(model, data, folder):
 # ---- The checkpoint and the command line ---------------------------------------------------------
 
 
-def snapshot(config, model, parts, generator):
+def snapshot(config, parts, generator):
     """A checkpoint: copies of all that the rest of training depends on, to go on to the last bit."""
     states = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+    model = parts["model"]
     told = {"config": asdict(config), "dataset": model.dataset, "history": model.history.copy()}
     return states | told | {"generator": generator.get_state(), "device": generator.device.type}
 
 
-def restore(saved, model, parts, generator):
+def restore(saved, parts, generator):
     """Put training back to where snapshot saw it. Raises UserError if saved doesn't fit."""
     try:
         for name, part in parts.items():
-            part.load_state_dict(saved[name])
+            part.load_state_dict(copy.deepcopy(saved[name]))  # an optimizer would go on in saved's tensors
             if isinstance(part, torch.optim.Optimizer):  # which doesn't look at shapes by itself
                 for weight, state in part.state.items():
                     assert weight.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape
         generator.set_state(saved["generator"].cpu())
     except Exception as error:  # what doesn't fit fails in many ways
         raise UserError("the checkpoint doesn't fit this advvae.py or this data; train anew") from error
-    model.history = saved["history"].copy()
+    parts["model"].history = saved["history"].copy()
 
 
 def save_checkpoint(path, saved):
@@ -904,14 +910,13 @@ def run(args, config, saved):
     device = next(name for name in available if available[name]) if args.device == "auto" else args.device
     if not available[device]:
         raise UserError(f"this machine, or this torch, has no {device}; use --device auto")
-    checkpoint, picture = Path(args.checkpoint), Path(args.figures_dir) / "swap.png"
+    checkpoint, picture = Path(args.checkpoint), Path(args.figures_dir) / "any.png"
     for path in [picture] if args.plot_only else [picture, checkpoint]:
         if not path.name or path.is_dir():
             raise UserError(f"'{path}' is no name for a file; name another place")
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()
     # An older checkpoint is written over, any other file is not.
-    model = None
     if args.plot_only or (checkpoint.exists() and not saved):
         model = load_checkpoint(checkpoint, device)
     if args.plot_only and args.dataset not in ("auto", model.dataset):

@@ -555,6 +555,15 @@ def interrupted_after(steps):
     return interrupted
 
 
+def test_training_can_go_on_twice_from_one_checkpoint(data, tmp_path):
+    """Going on leaves what load_checkpoint gave as it was: Adam moves its own copy of the moments."""
+    advvae.train(Config(epochs=1, batch_size=100), data, tmp_path / "a.pt")
+    saved = advvae.load_checkpoint(tmp_path / "a.pt").saved
+    one, other = (advvae.train(Config(epochs=3, batch_size=100), data, saved=saved) for _ in range(2))
+    for a, b in zip(one.parameters(), other.parameters()):
+        assert torch.equal(a, b)
+
+
 def test_resume_keeps_the_settings_and_lets_epochs_grow(tmp_path, monkeypatch, capsys):
     """A flag that says otherwise is an error that names it; more epochs are trained, fewer are an error."""
     small_typeset(monkeypatch)
