@@ -635,12 +635,18 @@ def class_codes(shift, n=4000):
     return mu, logvar, mu + 0.6 * torch.randn(n, 3, generator=seeded(2)), id
 
 
+def only_gaussians(n_classes):
+    """A ZClassifier whose network and waves have nothing to say."""
+    classifier = advvae.ZClassifier(n_classes, 3)
+    for p in classifier.parameters():
+        nn.init.zeros_(p)
+    return classifier
+
+
 def test_the_classifiers_gaussians_are_fitted_to_each_class():
     """With nothing but them, its logits are log densities; a class that it has not seen has N(0, I)."""
     mu, logvar, z, id = class_codes(0.5)
-    classifier = advvae.ZClassifier(3, 3)
-    for p in classifier.rest.parameters():
-        nn.init.zeros_(p)
+    classifier = only_gaussians(3)
     classifier.fit(mu, logvar, id)
     means = torch.tensor([-0.5, 0.5, 0.0])
     wanted = torch.stack([Normal(mean, 1.0).log_prob(z).sum(dim=1) for mean in means], dim=1)
@@ -650,7 +656,7 @@ def test_the_classifiers_gaussians_are_fitted_to_each_class():
 def test_the_classifiers_gaussians_forget_by_images_not_by_batches():
     """What was counted of a class fades as much over two batches of 256 without it as over one of 512."""
     mu, logvar, _, id = class_codes(0.5, n=512)
-    one, other = advvae.ZClassifier(3, 3), advvae.ZClassifier(3, 3)
+    one, other = only_gaussians(3), only_gaussians(3)
     for classifier, batch in ((one, 512), (other, 256)):
         classifier.sums.fill_(1)
         for part in zip(mu.split(batch), logvar.split(batch), id.split(batch)):
@@ -663,11 +669,54 @@ def test_the_leak_is_0_at_most_the_entropy_and_near_what_z_tells():
     """Of z that is the same for both classes, of z that gives the class away, of z in between."""
     for shift, low, high in ((0.0, -0.02, 0.02), (0.5, 0.2, 0.35), (5.0, 0.68, math.log(2) + 1e-6)):
         mu, logvar, z, id = class_codes(shift)
-        classifier = advvae.ZClassifier(2, 3)
-        for p in classifier.rest.parameters():
-            nn.init.zeros_(p)
+        classifier = only_gaussians(2)
         classifier.fit(mu, logvar, id)
         assert low <= advvae.leak_term(classifier(z), id).item() <= high
+
+
+def test_the_classifiers_waves_find_ripples_that_its_layers_miss():
+    """Two classes alike in mean and variance: where z has more of one, wave by wave, it has less of the other."""
+    z = torch.randn(20000, 3, generator=seeded(1))
+    id = (torch.rand(20000, generator=seeded(2)) < (1 + (2 * z[:, 0] + 2 * z[:, 1]).cos()) / 2).long()
+    for waves, low, high in ((True, 0.1, math.log(2)), (False, -0.1, 0.06)):
+        torch.manual_seed(0)
+        classifier = advvae.ZClassifier(2, 3)
+        classifier.signal.fill_(waves)
+        optimizer = torch.optim.Adam(classifier.parameters(), 1e-3)
+        for _ in range(40):
+            optimizer.zero_grad()
+            (-advvae.leak_term(classifier(z[:4000]), id[:4000])).backward()
+            optimizer.step()
+        assert low < advvae.leak_term(classifier(z[4000:]), id[4000:]).item() < high
+
+
+def test_the_classifiers_waves_do_not_see_dimensions_that_are_all_noise():
+    """Of z's variance of 1, exp(logvar) is noise: all of it in the last dimension, a tenth in the others."""
+    mu, id = torch.zeros(512, 3), torch.arange(512) % 2
+    classifier = only_gaussians(2)
+    for _ in range(500):
+        classifier.fit(mu, torch.tensor([0.1, 0.1, 1.0]).log().expand(512, 3), id)
+    torch.testing.assert_close(classifier.signal, torch.tensor([0.9, 0.9, 0.0]), atol=1e-3, rtol=0)
+    classifier.of_waves.data[:, 0] = torch.randn(2048, generator=seeded())
+    z = torch.randn(100, 3, generator=seeded())
+    of_class = lambda z: classifier(z)[:, 0] - classifier(z)[:, 1]  # noqa: E731  the Gaussians are alike
+    torch.testing.assert_close(of_class(z), of_class(z + torch.tensor([0.0, 0.0, 1.0])), atol=0.05, rtol=0)
+    assert (of_class(z) - of_class(z + torch.tensor([0.0, 1.0, 0.0]))).abs().max() > 1
+
+
+def test_f_z_meets_a_mean_of_what_the_classifier_makes_of_waves():
+    """In eval mode; how far the mean follows goes by images, not by batches."""
+    mu, logvar, _, id = class_codes(0.5, n=512)
+    one, other = only_gaussians(2), only_gaussians(2)
+    for classifier, batch in ((one, 512), (other, 256)):
+        classifier.of_waves.data += 1
+        for part in zip(mu.split(batch), logvar.split(batch), id.split(batch)):
+            classifier.fit(*part)
+        torch.testing.assert_close(classifier.mean_of_waves, torch.full((2048, 2), 0.02))
+    met, in_training = one.eval()(mu), one.train()(mu)
+    one.of_waves.data *= 0.02
+    torch.testing.assert_close(met, one(mu))
+    assert not torch.equal(met, in_training)
 
 
 def test_the_classifier_ascends_what_f_z_descends(nets, triple):
@@ -675,12 +724,12 @@ def test_the_classifier_ascends_what_f_z_descends(nets, triple):
     model, adversary = nets
     config = Config(**{f"{name}_weight": 0.0 for name in TERMS[:-1] if name != "swap"}, swap_weight=1e-9, leak_weight=1)
     still = torch.optim.SGD(adversary.parameters(), 0.0), torch.optim.SGD(model.parameters(), 0.0)
-    for _ in range(30):  # the classifier alone, then f_z alone
-        up = advvae.train_step(model, adversary, still[1], optimizers(model, adversary)[1], triple, config, seeded())
-    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-    for _ in range(30):
-        down = advvae.train_step(model, adversary, optimizer, still[0], triple, config, seeded())
-    assert up["leak"] > 0.05 and down["leak"] < up["leak"]
+    adam = optimizers(model, adversary)[1], torch.optim.Adam(model.parameters(), 1e-4)
+    step = lambda *both: advvae.train_step(model, adversary, *both, triple, config, seeded())["leak"]  # noqa: E731
+    up = [step(still[1], adam[0]) for _ in range(30)]  # the classifier alone
+    adversary.of_z.mean_of_waves.copy_(adversary.of_z.of_waves.detach())  # or the mean would go on rising
+    down = [step(adam[1], still[0]) for _ in range(30)]  # f_z alone
+    assert up[0] + 0.05 < down[0] > down[-1]
 
 
 def test_the_extension_survives_rare_classes():
@@ -1513,11 +1562,32 @@ def told(model, data, width, epochs):
     return advvae.probe_accuracy(z_at, test_z, *rest), advvae.probe_accuracy(s.__getitem__, test_s, *rest)
 
 
+class Sines(nn.Linear):
+    """A first layer that finds ripples in z's density: waves of z, blind to dimensions that are all noise."""
+
+    def __init__(self, signal, width):
+        super().__init__(len(signal), width)
+        self.signal = signal
+
+    def forward(self, z):
+        return (5 * super().forward(z * self.signal)).sin()
+
+
+@torch.no_grad()
 def strong_probe(checkpoint="advvae.pt", data_dir="data", width=1024, epochs=50):
-    """Print what a wide network that is trained long finds in z and in s."""
+    """Print what a wide network that is trained long finds in z and in s, and what one of sines finds in z."""
     model = advvae.load_checkpoint(checkpoint)
-    from_z, from_s = told(model, advvae.load_data(model.dataset, data_dir), int(width), int(epochs))
+    data = advvae.load_data(model.dataset, data_dir)
+    from_z, from_s = told(model, data, int(width), int(epochs))
     print(f"class told by {width} units, {epochs} epochs: from sampled z {from_z:.1%}, from s {from_s:.1%}")
+    (_, mu, logvar), (_, test_mu, test_logvar) = model.encode(data.images), model.encode(data.test_images)
+    torch.manual_seed(0)
+    first = Sines(1 - logvar.exp().mean(dim=0), int(width)), nn.Linear(int(width), 256)
+    net = nn.Sequential(*first, nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, int(data.labels.max()) + 1))
+    z_at = lambda i: model.reparameterize(mu[i], logvar[i])  # noqa: E731
+    accuracy = advvae.fit_classifier(net, z_at, data.labels, int(epochs), seeded())
+    from_z = accuracy(model.reparameterize(test_mu, test_logvar), data.test_labels)
+    print(f"class told by {width} sines, {epochs} epochs: from sampled z {from_z:.1%}")
 
 
 # A picture for the README: python test_advvae.py picture [data folder], some minutes
