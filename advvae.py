@@ -419,7 +419,7 @@ def typeset(n, generator, device="cpu"):
     factors = {"font": torch.randint(len(FACES), (n,), generator=generator)}
     for name, (low, high) in ranges.items():
         factors[name] = low + (high - low) * torch.rand(n, generator=generator)
-    # Thinned by more than .7 pixels a bold face loses its hairlines; fattened by more than 2, its loops fill.
+    # Thinned by more than .7 pixels a bold face loses its hairlines; fattened by more than 2, loops fill.
     own = glyph_atlas()[1][factors["font"]] * factors["size"]
     factors["thickness"] = own + (factors["thickness"] - own).clamp(-0.7, 2.0)
     labels, factors = labels.to(device), {name: factor.to(device) for name, factor in factors.items()}
@@ -467,8 +467,8 @@ def adversary_term(verdicts):
         -log sigmoid(Adv(Dec(z1, s2), id2)),   which is softplus(-Adv(Dec(z1, s2), id2))
 
     Whatever z1 knows of x1's class must not show. Terms 1 and 2 alone are content with a z that carries
-    everything and a decoder that ignores s: at a VAE's own KL weight of 1, swap 16.4 % after 20 epochs; terms
-    3 and 4 prevent it, 96.0 %. At our KL weight the KL does so too, and they make decodings sharp and varied
+    everything and a decoder that ignores s: at a VAE's own KL weight of 1, swap 16.4 % after 20 epochs.
+    Terms 3 and 4 prevent it: 96.0 %. At our weight the KL does so too, and they make decodings sharp and varied
     (README, ablation). (This form of the loss pushes even while the adversary wins.)
     """
     return F.softplus(-verdicts).mean()
@@ -597,7 +597,8 @@ def train(config, data, checkpoint=None, saved=None):
     model.dataset, model.history, live = data.name, [], sys.stdout.isatty()
     sampler = TripleSampler(data.images, data.labels, config.batch_size, generator)
     optimizers = [torch.optim.Adam(net.parameters(), betas=(0.5, 0.99)) for net in (model, adversary)]
-    parts = dict(model=model, adversary=adversary, optimizer=optimizers[0], adversary_optimizer=optimizers[1])
+    parts = dict(model=model, adversary=adversary)
+    parts |= dict(optimizer=optimizers[0], adversary_optimizer=optimizers[1])
     if saved:
         restore(saved, parts, generator)
     last = snapshot(config, parts, generator)
