@@ -468,8 +468,8 @@ def adversary_term(verdicts):
 
     Whatever z1 knows of x1's class must not show. Terms 1 and 2 alone are content with a z that carries
     everything and a decoder that ignores s: at a VAE's own KL weight of 1, swap 16.4 % after 20 epochs.
-    Terms 3 and 4 prevent it: 96.0 %. At our weight the KL does so too, and they make decodings sharp and varied
-    (README, ablation). (This form of the loss pushes even while the adversary wins.)
+    Terms 3 and 4 prevent it: 96.0 %. At our weight the KL does so too, and they make decodings sharp and
+    varied (README, ablation). (This form of the loss pushes even while the adversary wins.)
     """
     return F.softplus(-verdicts).mean()
 
