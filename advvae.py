@@ -212,10 +212,10 @@ class ZClassifier(nn.Module):
         """Count z ~ N(mu, exp(logvar)) of classes id (N,) in, and let what was counted before fade."""
         a = F.pad(mu, (1, 0), value=1.0)  # (1, mu): sums of a a^T hold the count, the sum of z and of z z^T
         self.sums *= 0.9 ** (len(mu) / 512)
-        variance = F.pad(logvar.exp(), (1, 0)).diag_embed()
-        self.sums.index_add_(0, id, a.unsqueeze(2) * a.unsqueeze(1) + variance)
+        noise = logvar.exp()
+        self.sums.index_add_(0, id, a.unsqueeze(2) * a.unsqueeze(1) + F.pad(noise, (1, 0)).diag_embed())
         rate = 1 - 0.98 ** (len(mu) / 512)
-        self.signal.lerp_(1 - logvar.exp().mean(dim=0), rate)
+        self.signal.lerp_(1 - noise.mean(dim=0), rate)
         self.mean_of_waves.lerp_(self.of_waves, rate)
 
     def forward(self, z):
