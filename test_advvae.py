@@ -12,6 +12,7 @@ import math
 import os
 import random
 import re
+import socket
 import statistics
 import struct
 import subprocess
@@ -58,9 +59,11 @@ def data():
 
 
 def new_nets(layout=torch.contiguous_format, device="cpu"):
-    """The same untrained networks each time."""
+    """The same untrained networks each time; the adversary with the extension's classifier."""
     torch.manual_seed(0)
-    return (net.to(device, memory_format=layout) for net in (AdvVAE(), Adversary(10)))
+    model, adversary = AdvVAE(), Adversary(10)
+    adversary.of_z = advvae.ZClassifier(10, model.z_dim)
+    return (net.to(device, memory_format=layout) for net in (model, adversary))
 
 
 @pytest.fixture
@@ -115,11 +118,20 @@ def test_reparameterize_draws_from_q():
     assert torch.equal(z, AdvVAE().reparameterize(mu, logvar, seeded()))
 
 
+def test_gradients_pass_the_draw():
+    """That of z by mu is 1, that by logvar half of z - mu."""
+    mu, logvar = torch.zeros(5, 2, requires_grad=True), torch.ones(5, 2, requires_grad=True)
+    z = AdvVAE().reparameterize(mu, logvar, seeded())
+    z.sum().backward()
+    torch.testing.assert_close(mu.grad, torch.ones(5, 2))
+    torch.testing.assert_close(logvar.grad, (z / 2).detach())
+
+
 def test_the_adversary_is_conditional(nets, data):
-    """One image, two class ids: two verdicts."""
+    """One image, two class ids: two verdicts, and how far apart they are depends on the image."""
     x, adversary = data.images[:8], nets[1].eval()
     one, other = (adversary(x, torch.full((8,), id)) for id in (0, 1))
-    assert (one - other).abs().min() > 1e-6
+    assert (one - other).abs().min() > 1e-6 and (one - other).std() > 1e-4
 
 
 def test_the_adversary_is_lipschitz(nets):
@@ -147,8 +159,8 @@ def numbered(labels):
 
 
 def drawn(sampler):
-    """One epoch as index tensors i1, i1_same, i2 and the labels id2."""
-    batches = [(*(x[:, 0, 0, 0].long() for x in batch[:3]), batch[3]) for batch in sampler]
+    """One epoch as index tensors i1, i1_same, i2 and the labels id2 and id1."""
+    batches = [(*(x[:, 0, 0, 0].long() for x in batch[:3]), *batch[3:]) for batch in sampler]
     return [torch.cat(column) for column in zip(*batches)]
 
 
@@ -167,8 +179,8 @@ def test_x1_same_is_uniform_over_x1s_class():
     images, labels = numbered([7] * 5 + [-3] * 20 + [1000] + [7] * 5)
     sampler = TripleSampler(images, labels, 10, seeded())
     epochs = [drawn(sampler) for _ in range(400)]
-    i1, same, _, _ = (torch.cat(column) for column in zip(*epochs))
-    assert torch.equal(labels[i1], labels[same])
+    i1, same, _, _, id1 = (torch.cat(column) for column in zip(*epochs))
+    assert torch.equal(labels[i1], labels[same]) and torch.equal(labels[i1], id1)
     for label, size in ((7, 10), (-3, 20), (1000, 1)):
         counts = same[labels[i1] == label].bincount(minlength=len(labels))[labels == label]
         expected = 400.0  # size images, each 400 times x1, spread over size images
@@ -179,7 +191,7 @@ def test_x2_is_uniform_and_independent_of_x1():
     """x2 is any image, with its own label as id2; it has x1's class no more often than by chance."""
     images, labels = numbered([0] * 30 + [1] * 10)
     epochs = [drawn(TripleSampler(images, labels, 16, seeded(k))) for k in range(300)]
-    i1, _, i2, id2 = (torch.cat(column) for column in zip(*epochs))
+    i1, _, i2, id2, _ = (torch.cat(column) for column in zip(*epochs))
     assert torch.equal(labels[i2], id2)
     assert (i2.bincount(minlength=40) - 300.0).abs().max() < 5 * 300**0.5
     assert abs((labels[i1] == id2).float().mean() - (0.75**2 + 0.25**2)) < 0.02
@@ -272,6 +284,24 @@ def test_auto_is_typeset_where_there_is_no_mnist(tmp_path, no_network, monkeypat
     assert capsys.readouterr().out == ""
 
 
+def test_a_download_times_out_and_the_timeout_ends_with_it(tmp_path, monkeypatch):
+    """20 seconds for each answer; before and after, what the caller has set."""
+    timeouts = []
+
+    def download(self):
+        timeouts.append(socket.getdefaulttimeout())
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", download)
+    socket.setdefaulttimeout(7)
+    try:
+        with pytest.raises(advvae.UserError):
+            advvae.load_data("mnist", tmp_path)
+        assert timeouts == [20] and socket.getdefaulttimeout() == 7
+    finally:
+        socket.setdefaulttimeout(None)
+
+
 # 3. The four terms
 
 
@@ -334,8 +364,9 @@ def test_each_term_reaches_its_parameters_and_no_others(name, nets, triple):
 def test_terms_are_of_the_codes_that_figure_1_says(nets, triple):
     """Each term computed here by hand from encode, decode and Adv: z1 and z drawn in that order."""
     model, adversary = nets
-    x1, x1_same, x2, id2, _ = triple
-    terms, fakes, _ = advvae.four_terms(model, adversary.eval(), triple, Config(), seeded(5))
+    x1, x1_same, x2, id2, id1 = triple
+    of_z = copy.deepcopy(adversary.of_z)
+    terms, fakes, _ = advvae.four_terms(model, adversary.eval(), triple, EVERY_TERM, seeded(5))
     generator = seeded(5)
     s1, mu, logvar = model.encode(x1)
     s1_same, s2 = model.f_s(x1_same), model.f_s(x2)
@@ -349,6 +380,8 @@ def test_terms_are_of_the_codes_that_figure_1_says(nets, triple):
         "adversary": -adversary(model.decode(z1, s2), id2).sigmoid().log().mean(),
         "prior": -adversary(model.decode(z, s2), id2).sigmoid().log().mean(),
     }
+    of_z.fit(mu, logvar, id1)
+    by_hand["leak"] = advvae.leak_term(logits(of_z, z1), id1)
     for name, value in by_hand.items():
         torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5, msg=name)
     torch.testing.assert_close(fakes, torch.cat([model.decode(z1, s2), model.decode(z, s2)]))
@@ -387,26 +420,32 @@ def test_the_adversary_sees_the_real_x2_and_both_fakes(nets, triple):
     seen = []
 
     def look(net, inputs, output):
-        seen.append((net.training or any(p.requires_grad for p in net.parameters()), *inputs))
+        seen.append((net.training or any(p.requires_grad for p in net.parameters()), *inputs, output))
 
     adversary.register_forward_hook(look)
-    advvae.train_step(model, adversary, *optimizers(model, adversary), triple, Config(), seeded())
-    (judging_learns, fakes, _), (learning, x, ids) = seen
+    measures = advvae.train_step(model, adversary, *optimizers(model, adversary), triple, Config(), seeded())
+    (judging_learns, fakes, _, _), (learning, x, ids, verdicts) = seen
     assert not judging_learns and learning
     assert torch.equal(x, torch.cat([triple[2], fakes])) and not x.requires_grad
     assert torch.equal(ids, triple[3].repeat(3))
+    real, fake = verdicts.split([32, 64])
+    torch.testing.assert_close(measures["adversary_loss"], advvae.adversary_loss(real, fake))
+    assert measures["right_on_real"] == (real > 0).float().mean()
+    assert measures["right_on_fakes"] == (fake < 0).float().mean()
 
 
 @pytest.mark.parametrize("name", TERMS)
 def test_a_weight_of_0_removes_its_term(name, nets, triple):
-    """The term is neither reported nor computed: f_s, decoder and adversary are given less to do."""
+    """Neither reported nor computed: f_s, decoder and adversary have less to do. The random numbers stay."""
     model, adversary = nets
     sizes = {}
     for key, net in {"f_s": model.f_s, "decoder": model.decoder, "adversary": adversary}.items():
         net.register_forward_hook(lambda net, inputs, output, key=key: sizes.update({key: len(output)}))
     config = replace(EVERY_TERM, **{f"{name}_weight": 0.0})
-    terms, *_ = advvae.four_terms(model, adversary, triple, config, seeded())
-    assert set(terms) == set(TERMS) - {name}
+    whole, part = seeded(), seeded()
+    advvae.four_terms(model, copy.deepcopy(adversary), triple, EVERY_TERM, whole)
+    terms, *_ = advvae.four_terms(model, adversary, triple, config, part)
+    assert set(terms) == set(TERMS) - {name} and torch.equal(whole.get_state(), part.get_state())
     assert sizes["f_s"] == 32 * (3 - (name == "swap"))
     assert sizes["decoder"] == 32 * (4 - (name not in ("kl", "leak")))
     assert sizes["adversary"] == 32 * (2 - (name in ("adversary", "prior")))
@@ -418,9 +457,10 @@ def test_without_terms_3_and_4_there_is_no_adversary(nets, triple):
     """Both weights 0: x2 isn't encoded, and the adversary is neither asked nor trained."""
     model, adversary = nets
     adversary.register_forward_hook(lambda *_: pytest.fail("the adversary was asked"))
-    config = Config(adversary_weight=0.0, prior_weight=0.0)
+    model.f_s.register_forward_hook(lambda net, inputs, s: sizes.append(len(s)))
+    config, sizes = Config(adversary_weight=0.0, prior_weight=0.0), []
     measures = advvae.train_step(model, adversary, *optimizers(model, adversary), triple, config, seeded())
-    assert set(measures) == {"reconstruction", "kl", "swap"}
+    assert set(measures) == {"reconstruction", "kl", "swap"} and sizes == [64]
     history = advvae.train(replace(config, epochs=1), digits(100)).history
     assert set(history[0]) == {"reconstruction", "kl", "swap"}
 
@@ -432,10 +472,13 @@ def test_weights_scale_their_terms(nets, triple):
     config = Config(**weights, bfloat16=0)
     adversary.eval().requires_grad_(False)
     terms, *_ = advvae.four_terms(model, copy.deepcopy(adversary), triple, config, seeded())
+    for p in [*model.parameters(), *adversary.parameters()]:
+        p.grad = torch.full_like(p, 1e6)  # left by an earlier step
     parameter = model.f_s[-1].weight
     wanted = sum(config.weights[k] * torch.autograd.grad(t, parameter, retain_graph=True)[0] for k, t in terms.items())
     advvae.train_step(model, adversary, *optimizers(model, adversary), triple, config, seeded())
     torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-5)
+    assert all(p.grad.abs().max() < 1e5 for p in adversary.parameters())
 
 
 def test_the_fast_path_has_the_plain_paths_losses(triple):
@@ -463,18 +506,23 @@ def test_same_seed_same_weights(data):
     assert not any(torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters()))
 
 
-def test_the_learning_rate_falls_to_0_in_the_second_half(data, monkeypatch):
-    """Constant for half of the steps, then linearly to 0, for both optimizers."""
-    rates = []
+def test_what_changes_from_step_to_step(data, monkeypatch):
+    """The learning rate of both optimizers is constant for half of the steps, then falls linearly to 0; the weight
+    of the extension rises linearly for half of them, then is constant. The history has each epoch's means."""
+    rates, leak_weights = [], []
 
-    def spy(model, adversary, optimizer, adversary_optimizer, *_):
+    def spy(model, adversary, optimizer, adversary_optimizer, triple, config, generator):
         for o in (optimizer, adversary_optimizer):
             o.step()
         rates.append([o.param_groups[0]["lr"] for o in (optimizer, adversary_optimizer)])
-        return {"kl": torch.tensor(1.0)}
+        leak_weights.append(config.leak_weight)
+        return {"kl": torch.tensor(float(len(rates)))}
 
     monkeypatch.setattr(advvae, "train_step", spy)
-    advvae.train(Config(epochs=4, batch_size=60, learning_rate=1.0), data)
+    config = Config(epochs=4, batch_size=60, learning_rate=1.0, leak_weight=60.0)
+    history = advvae.train(config, data).history
+    assert leak_weights == pytest.approx([60 * min(1, 2 * (step + 0.5) / 40) for step in range(40)])
+    assert [means["kl"] for means in history] == pytest.approx([5.5, 15.5, 25.5, 35.5])
     wanted = [min(1, 2 * (1 - (step + 0.5) / 40)) for step in range(40)]
     assert all(pair == pytest.approx([want] * 2) for pair, want in zip(rates, wanted, strict=True))
 
@@ -528,10 +576,10 @@ def same_weights(one, other):
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys):
     """Interrupted in any epoch but the first and resumed, it ends with the very same weights and table."""
     small_typeset(monkeypatch)
-    settings = ["--epochs", "3", "--batch-size", "100", "--z-dim", "5"]
+    settings = ["--epochs", "4", "--batch-size", "100", "--z-dim", "5", "--leak-weight", "60"]
     advvae.main(command(tmp_path / "whole", *settings))
     table = capsys.readouterr().out.split("What z and s know")[1].split("Pictures")[0]
-    for steps in (3, 5, 8):  # each epoch has 3
+    for steps in (3, 7, 11):  # each epoch has 3
         folder = tmp_path / str(steps)
         with monkeypatch.context() as patch:
             patch.setattr(advvae, "train_step", interrupted_after(steps))
@@ -601,6 +649,37 @@ def test_a_checkpoint_that_does_not_fit_is_not_resumed(part, fault, tmp_path, mo
     assert (tmp_path / "a.pt").read_bytes() == old
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    """Or a power cut could leave an empty file under that name."""
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a)))
+    advvae.save_checkpoint(tmp_path / "a.pt", {})
+    assert calls == ["fsync", "replace"]
+
+
+@pytest.mark.parametrize("part, hint", [("dataset", "none of the data sets"), ("device", "no checkpoint")])
+def test_a_checkpoint_names_a_data_set_and_a_device_that_exist(part, hint, tmp_path, capsys):
+    """What another program wrote there, or damage, is refused in one line."""
+    advvae.train(Config(epochs=0), digits(40), tmp_path / "a.pt")
+    saved = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save(saved | {part: "mine"}, tmp_path / "a.pt")
+    places = ["--checkpoint", str(tmp_path / "a.pt"), "--figures-dir", str(tmp_path), "--data-dir", str(tmp_path)]
+    for flag in ("--plot-only", "--resume"):
+        assert hint in refused(capsys, [*places, flag])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_what_a_gpu_began_is_not_resumed_without_one(tmp_path, capsys):
+    """Its random numbers can't go on elsewhere; the message doesn't propose a flag that would be refused."""
+    advvae.train(Config(epochs=0), digits(40), tmp_path / "a.pt")
+    saved = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save(saved | {"device": "cuda"}, tmp_path / "a.pt")
+    message = refused(capsys, ["--checkpoint", str(tmp_path / "a.pt"), "--figures-dir", str(tmp_path), "--resume"])
+    assert "no cuda; go on where it began" in message
+
+
 class Payload:
     def __reduce__(self):
         return exec, ("raise SystemExit('the payload ran')",)
@@ -635,28 +714,24 @@ def class_codes(shift, n=4000):
     return mu, logvar, mu + 0.6 * torch.randn(n, 3, generator=seeded(2)), id
 
 
-def only_gaussians(n_classes):
-    """A ZClassifier whose network and waves have nothing to say."""
-    classifier = advvae.ZClassifier(n_classes, 3)
-    for p in classifier.parameters():
-        nn.init.zeros_(p)
-    return classifier
+def logits(classifier, z):
+    return classifier(*classifier.features(z))
 
 
 def test_the_classifiers_gaussians_are_fitted_to_each_class():
-    """With nothing but them, its logits are log densities; a class that it has not seen has N(0, I)."""
+    """Before it has learned, its logits are their log densities; a class that it has not seen has N(0, I)."""
     mu, logvar, z, id = class_codes(0.5)
-    classifier = only_gaussians(3)
+    classifier = advvae.ZClassifier(3, 3)
     classifier.fit(mu, logvar, id)
     means = torch.tensor([-0.5, 0.5, 0.0])
     wanted = torch.stack([Normal(mean, 1.0).log_prob(z).sum(dim=1) for mean in means], dim=1)
-    torch.testing.assert_close(classifier(z).detach(), wanted, atol=0.15, rtol=0.1)
+    torch.testing.assert_close(logits(classifier, z).detach(), wanted, atol=0.15, rtol=0.1)
 
 
 def test_the_classifiers_gaussians_forget_by_images_not_by_batches():
     """What was counted of a class fades as much over two batches of 256 without it as over one of 512."""
     mu, logvar, _, id = class_codes(0.5, n=512)
-    one, other = only_gaussians(3), only_gaussians(3)
+    one, other = advvae.ZClassifier(3, 3), advvae.ZClassifier(3, 3)
     for classifier, batch in ((one, 512), (other, 256)):
         classifier.sums.fill_(1)
         for part in zip(mu.split(batch), logvar.split(batch), id.split(batch)):
@@ -669,53 +744,70 @@ def test_the_leak_is_0_at_most_the_entropy_and_near_what_z_tells():
     """Of z that is the same for both classes, of z that gives the class away, of z in between."""
     for shift, low, high in ((0.0, -0.02, 0.02), (0.5, 0.2, 0.35), (5.0, 0.68, math.log(2) + 1e-6)):
         mu, logvar, z, id = class_codes(shift)
-        classifier = only_gaussians(2)
+        classifier = advvae.ZClassifier(2, 3)
         classifier.fit(mu, logvar, id)
-        assert low <= advvae.leak_term(classifier(z), id).item() <= high
+        assert low <= advvae.leak_term(logits(classifier, z), id).item() <= high
 
 
-def test_the_classifiers_waves_find_ripples_that_its_layers_miss():
+def test_the_classifiers_waves_find_ripples_that_its_gaussians_miss():
     """Two classes alike in mean and variance: where z has more of one, wave by wave, it has less of the other."""
     z = torch.randn(20000, 3, generator=seeded(1))
     id = (torch.rand(20000, generator=seeded(2)) < (1 + (2 * z[:, 0] + 2 * z[:, 1]).cos()) / 2).long()
     for waves, low, high in ((True, 0.1, math.log(2)), (False, -0.1, 0.06)):
-        torch.manual_seed(0)
         classifier = advvae.ZClassifier(2, 3)
         classifier.signal.fill_(waves)
         optimizer = torch.optim.Adam(classifier.parameters(), 1e-3)
         for _ in range(40):
             optimizer.zero_grad()
-            (-advvae.leak_term(classifier(z[:4000]), id[:4000])).backward()
+            (-advvae.leak_term(logits(classifier, z[:4000]), id[:4000])).backward()
             optimizer.step()
-        assert low < advvae.leak_term(classifier(z[4000:]), id[4000:]).item() < high
+        assert low < advvae.leak_term(logits(classifier, z[4000:]), id[4000:]).item() < high
 
 
 def test_the_classifiers_waves_do_not_see_dimensions_that_are_all_noise():
     """Of z's variance of 1, exp(logvar) is noise: all of it in the last dimension, a tenth in the others."""
     mu, id = torch.zeros(512, 3), torch.arange(512) % 2
-    classifier = only_gaussians(2)
+    classifier = advvae.ZClassifier(2, 3)
     for _ in range(500):
         classifier.fit(mu, torch.tensor([0.1, 0.1, 1.0]).log().expand(512, 3), id)
     torch.testing.assert_close(classifier.signal, torch.tensor([0.9, 0.9, 0.0]), atol=1e-3, rtol=0)
     classifier.of_waves.data[:, 0] = torch.randn(2048, generator=seeded())
     z = torch.randn(100, 3, generator=seeded())
-    of_class = lambda z: classifier(z)[:, 0] - classifier(z)[:, 1]  # noqa: E731  the Gaussians are alike
+    of_class = lambda z: logits(classifier, z) @ torch.tensor([1.0, -1.0])  # noqa: E731  the Gaussians are alike
     torch.testing.assert_close(of_class(z), of_class(z + torch.tensor([0.0, 0.0, 1.0])), atol=0.05, rtol=0)
     assert (of_class(z) - of_class(z + torch.tensor([0.0, 1.0, 0.0]))).abs().max() > 1
+
+
+def test_f_z_feels_the_waves():
+    """Not only the Gaussians: a gradient reaches z through its waves."""
+    classifier, z = advvae.ZClassifier(2, 3), torch.randn(8, 3, generator=seeded()).requires_grad_()
+    classifier.signal.fill_(1)
+    classifier.features(z)[1].sum().backward()
+    assert z.grad.abs().min() > 0
+
+
+def test_the_classifier_ascends_the_leak_of_x1s_class(nets, triple):
+    """Its gradient in a step is that of minus leak_term, on z1's features and id1."""
+    (model, adversary), config = nets, replace(EVERY_TERM, bfloat16=0)
+    of_z = copy.deepcopy(adversary.of_z)
+    *_, z_features = advvae.four_terms(model, copy.deepcopy(adversary).eval(), triple, config, seeded())
+    (-advvae.leak_term(of_z(*(x.detach() for x in z_features)), triple[4])).backward()
+    advvae.train_step(model, adversary, *optimizers(model, adversary), triple, config, seeded())
+    torch.testing.assert_close(adversary.of_z.of_waves.grad, of_z.of_waves.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_f_z_meets_a_mean_of_what_the_classifier_makes_of_waves():
     """In eval mode; how far the mean follows goes by images, not by batches."""
     mu, logvar, _, id = class_codes(0.5, n=512)
-    one, other = only_gaussians(2), only_gaussians(2)
+    one, other = advvae.ZClassifier(2, 3), advvae.ZClassifier(2, 3)
     for classifier, batch in ((one, 512), (other, 256)):
         classifier.of_waves.data += 1
         for part in zip(mu.split(batch), logvar.split(batch), id.split(batch)):
             classifier.fit(*part)
         torch.testing.assert_close(classifier.mean_of_waves, torch.full((2048, 2), 0.02))
-    met, in_training = one.eval()(mu), one.train()(mu)
+    met, in_training = logits(one.eval(), mu), logits(one.train(), mu)
     one.of_waves.data *= 0.02
-    torch.testing.assert_close(met, one(mu))
+    torch.testing.assert_close(met, logits(one, mu))
     assert not torch.equal(met, in_training)
 
 
@@ -730,6 +822,14 @@ def test_the_classifier_ascends_what_f_z_descends(nets, triple):
     adversary.of_z.mean_of_waves.copy_(adversary.of_z.of_waves.detach())  # or the mean would go on rising
     down = [step(adam[1], still[0]) for _ in range(30)]  # f_z alone
     assert up[0] + 0.05 < down[0] > down[-1]
+
+
+@pytest.mark.parametrize("weight", [0.0, 60.0])
+def test_the_classifier_exists_only_with_the_extension(weight, data, tmp_path):
+    """Without it the adversary is the paper's, and the checkpoint holds no more than that."""
+    advvae.train(Config(epochs=0, leak_weight=weight), data, tmp_path / "a.pt")
+    names = torch.load(tmp_path / "a.pt", weights_only=True)["adversary"]
+    assert any(name.startswith("of_z.") for name in names) == (weight > 0)
 
 
 def test_the_extension_survives_rare_classes():
@@ -816,6 +916,15 @@ def test_sampled_z_is_probed_and_the_prior_is_sampled():
     assert r["kl"] == pytest.approx(1 / 30**2 / 2, rel=1e-3) and r["prior_diversity"] > 0.02
 
 
+def test_what_is_fitted_is_fitted_on_the_training_images(capsys):
+    """There all labels are one off and all factors negated: nothing is right on the test images."""
+    data = labelled_digits(3000)
+    factors = {name: -factor for name, factor in data.factors.items()}
+    wrong = replace(data, labels=(data.labels + 1) % 10, factors=factors)
+    r = advvae.evaluate(Known(data), wrong)
+    assert r["s_accuracy"] == 0 and max(r["judge_accuracy"], r["swap_accuracy"]) < 0.1 and r["z_r2_slant"] < 0
+
+
 def test_evaluate_repeats_and_leaves_torchs_generator_alone(data, capsys):
     """Called twice it prints one and the same table; the caller's own random numbers go on as before."""
     model = AdvVAE()
@@ -849,6 +958,25 @@ def test_linear_r2_is_a_share_of_variance():
     for factor, want in ((signal, 1.0), (signal + noise, 0.5), (noise, 0.0)):
         r2 = advvae.linear_r2(codes[:2000], factor[:2000], codes[2000:], factor[2000:])
         assert r2 == pytest.approx(want, abs=0.05)
+
+
+# 6. Pictures
+
+
+def test_rows_of_the_swap_grid_share_z_and_columns_share_s(data, monkeypatch):
+    """White images are Dec(row's z, column's s); the orange ones on the left gave z, the blue ones above gave s."""
+    grids, n = [], torch.arange(10.0).view(10, 1)
+    monkeypatch.setattr(advvae, "save_grid", lambda *args: grids.append(args[-1]))
+    paint = lambda z, s: (z[:, :1] + s).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)  # noqa: E731
+    model = types.SimpleNamespace(encode=lambda x: (n, 10 * n, None), f_s=lambda x: n, decode=paint, z_dim=1)
+    advvae.plot_swap(model, data, None)
+    advvae.plot_samples(model, data, None)
+    swap, samples = grids
+    assert torch.equal(swap[1:, 1:, 0, 0, 0], 10 * n + n.T)
+    x = advvae.one_of_each_class(data)[:, 0]
+    assert torch.equal(swap[0, 1:, 2], x) and torch.equal(swap[1:, 0, 0], x)  # blue has all blue, orange all red
+    styles = samples[:, 1:, 0, 0, 0] - n
+    torch.testing.assert_close(styles, styles[:1].expand(10, -1))
 
 
 # The program
@@ -912,6 +1040,13 @@ def test_ctrl_c_ends_training_and_keeps_what_was_learned(tmp_path, monkeypatch, 
     assert "Ctrl-C: back to the end of epoch 2; --resume goes on" in said and "class told from s" in said
     assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == PICTURES
     assert len(advvae.load_checkpoint(tmp_path / "a.pt").history) == 2
+
+
+def test_ctrl_c_takes_back_what_is_no_whole_epoch(data, tmp_path, monkeypatch):
+    """What train returns is what the checkpoint holds, not two steps further."""
+    monkeypatch.setattr(advvae, "train_step", interrupted_after(6))  # each epoch has 4
+    model = advvae.train(Config(epochs=9, batch_size=150), data, tmp_path / "a.pt")
+    assert same_weights(weights_of(tmp_path / "a.pt"), model.state_dict())
 
 
 def test_ctrl_c_in_the_first_epoch_keeps_the_old_checkpoint(data, tmp_path, monkeypatch):
@@ -1304,8 +1439,8 @@ def test_it_learns(capsys):
 class ClassMaps(Adversary):
     """Conditional as in the authors' code: a learned map per class, added to a convolution's output."""
 
-    def __init__(self, n_classes, z_dim):
-        super().__init__(n_classes, z_dim)
+    def __init__(self, n_classes):
+        super().__init__(n_classes)
         self.map = nn.Embedding(n_classes, 5 * 5)
         nn.init.normal_(self.map.weight, std=0.1)
 
@@ -1342,8 +1477,8 @@ def strided_decoder(s_dim, z_dim, make=advvae.Decoder):
     return net
 
 
-def strided_adversary(n_classes, z_dim):
-    net, norm = Adversary(n_classes, z_dim), advvae.spectral_norm
+def strided_adversary(n_classes):
+    net, norm = Adversary(n_classes), advvae.spectral_norm
     net.features = nn.Sequential(strided(norm), norm(nn.Linear(1024, 128)), nn.LeakyReLU(0.2))
     return net
 
@@ -1482,12 +1617,14 @@ def benchmark(device):
     with FlopCounterMode(display=False) as counter:
         trainers["float32"]()
     operations = counter.get_total_flops() / Config.batch_size
-    products, steps = {key: [] for key in types}, {key: [] for key in types}
+    extended = {key: Trainer(images, labels, replace(trainers[key].config, leak_weight=60.0)) for key in types}
+    products, steps, longer = ({key: [] for key in types} for _ in range(3))
     for turn in range(9):  # the first warms up
         for key in types:
             a = matrices[key]
             products[key] += seconds_of(lambda: a @ a, device, 0.3)[0 if turn else -1 :]
             steps[key] += seconds_of(trainers[key], device, 1)[0 if turn else -1 :]
+            longer[key] += seconds_of(extended[key], device, 1)[0 if turn else -1 :]
     rate = {key: 2 * 2048**3 / statistics.median(times) for key, times in products.items()}
     step = {key: statistics.median(times) for key, times in steps.items()}
     epoch = {key: seconds / Config.batch_size * 60_000 for key, seconds in step.items()}
@@ -1500,6 +1637,7 @@ def benchmark(device):
     row("training, triples/s", [Config.batch_size / seconds for seconds in step.values()], ",.0f")
     row("seconds for 60,000 triples", epoch.values(), ".1f")
     row("  x float32 product, TFLOP", [seconds * rate["float32"] / 1e12 for seconds in epoch.values()], ".2f")
+    row("with the extension, times as long", [statistics.median(longer[key]) / step[key] for key in types], ".2f")
     row("million operations a triple", [operations / 1e6] * 2, ".1f")
     row("  of the float32 product's rate", [operations * 60_000 / s / rate["float32"] for s in epoch.values()], ".0%")
     parts = [split(trainer, device, 3) for trainer in trainers.values()]
