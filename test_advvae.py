@@ -659,25 +659,25 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypa
     assert calls == ["fsync", "replace"]
 
 
+def altered(folder, **changes):
+    """A checkpoint of an untrained model with other things in it; the flags that name its place."""
+    advvae.train(Config(epochs=0), digits(40), folder / "a.pt")
+    torch.save(torch.load(folder / "a.pt", weights_only=True) | changes, folder / "a.pt")
+    return ["--checkpoint", str(folder / "a.pt"), "--figures-dir", str(folder), "--data-dir", str(folder)]
+
+
 @pytest.mark.parametrize("part, hint", [("dataset", "none of the data sets"), ("device", "no checkpoint")])
 def test_a_checkpoint_names_a_data_set_and_a_device_that_exist(part, hint, tmp_path, capsys):
     """What another program wrote there, or damage, is refused in one line."""
-    advvae.train(Config(epochs=0), digits(40), tmp_path / "a.pt")
-    saved = torch.load(tmp_path / "a.pt", weights_only=True)
-    torch.save(saved | {part: "mine"}, tmp_path / "a.pt")
-    places = ["--checkpoint", str(tmp_path / "a.pt"), "--figures-dir", str(tmp_path), "--data-dir", str(tmp_path)]
+    places = altered(tmp_path, **{part: "mine"})
     for flag in ("--plot-only", "--resume"):
         assert hint in refused(capsys, [*places, flag])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_what_a_gpu_began_is_not_resumed_without_one(tmp_path, capsys):
+def test_what_a_gpu_began_is_not_resumed_without_one(tmp_path, monkeypatch, capsys):
     """Its random numbers can't go on elsewhere; the message doesn't propose a flag that would be refused."""
-    advvae.train(Config(epochs=0), digits(40), tmp_path / "a.pt")
-    saved = torch.load(tmp_path / "a.pt", weights_only=True)
-    torch.save(saved | {"device": "cuda"}, tmp_path / "a.pt")
-    message = refused(capsys, ["--checkpoint", str(tmp_path / "a.pt"), "--figures-dir", str(tmp_path), "--resume"])
-    assert "no cuda; go on where it began" in message
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no cuda; go on where it began" in refused(capsys, [*altered(tmp_path, device="cuda"), "--resume"])
 
 
 class Payload:
