@@ -1433,6 +1433,16 @@ def test_it_learns(capsys):
     assert trained["reconstruction_mse"] < 0.05 < untrained["reconstruction_mse"]
 
 
+def test_the_adversary_makes_the_decoder_obey_s(monkeypatch, capsys):
+    """At a plain VAE's KL weight terms 1 and 2 let z carry all and swaps ignore s; with term 3 or 4 they obey it."""
+    monkeypatch.setattr(advvae, "probe_accuracy", mock.Mock(return_value=0.0))  # slow, and not asked here
+    data, obeyed = digits(8000, test=1000), {}
+    for weights in ((0, 0), (30, 0), (0, 30)):
+        plain = Config(epochs=3, batch_size=64, kl_weight=1, adversary_weight=weights[0], prior_weight=weights[1])
+        obeyed[weights] = advvae.evaluate(advvae.train(plain, data), data)["swap_accuracy"]
+    assert obeyed[0, 0] < 0.4 and min(obeyed[30, 0], obeyed[0, 30]) > 0.7
+
+
 # The README's table of departures: python test_advvae.py departures [data folder]
 
 
