@@ -1,7 +1,7 @@
 """The facts of the method, one a test: python -m pytest -q. No network, no MNIST, nothing timed.
 
 Run as a script, python test_advvae.py, this file is the benchmark instead; with a word behind it one of the
-longer measurements that the README reports: departures, probe, picture, exercise, endurance.
+longer measurements that the README reports: departures, probe, classes, picture, exercise, endurance.
 """
 
 import contextlib
@@ -1738,6 +1738,29 @@ def strong_probe(checkpoint="advvae.pt", data_dir="data", width=1024, epochs=50)
     print(f"class told by {width} sines, {epochs} epochs: from sampled z {from_z:.1%}")
 
 
+# Does z mean the same in every class? python test_advvae.py classes <checkpoint> [data folder]
+
+
+@torch.no_grad()
+def classes(checkpoint="advvae.pt", data_dir="data"):
+    """Print how far slant and thickness carry over in swaps from each class to the others, and into it from them."""
+    model = advvae.load_checkpoint(checkpoint)
+    data = advvae.load_data(model.dataset, data_dir)
+    x, labels = data.test_images, data.test_labels
+    s, mu, _ = model.encode(x)
+    members = [(labels == c).nonzero().squeeze(1) for c in labels.unique()]
+    print("r of z's source and the swapped image, by class   " + "".join(f"{c:6}" for c in range(len(members))))
+    for measure in (advvae.slant, advvae.stroke_thickness):
+        of_x, r = measure(x), torch.zeros(len(members), len(members))  # z's class, s's class
+        for j, of_s in enumerate(members):
+            of_swapped = measure(model.decode(mu, s[of_s].mean(dim=0).expand(len(x), -1)))
+            for i, of_z in enumerate(members):
+                r[i, j] = torch.corrcoef(torch.stack([of_x[of_z], of_swapped[of_z]]))[0, 1]
+        for source, sums in (("z's source", r.sum(dim=1)), ("s's source", r.sum(dim=0))):
+            means = (sums - r.diag()) / (len(members) - 1)
+            print(f"{f'{measure.__name__}, class of {source}':<50}" + "".join(f"{value:6.2f}" for value in means))
+
+
 # A picture for the README: python test_advvae.py picture [data folder], some minutes
 
 
@@ -1786,7 +1809,8 @@ def endurance(folder, n):
 
 
 if __name__ == "__main__":
-    measurements = {"departures": departures, "probe": strong_probe, "picture": picture, "exercise": run_exercise}
+    measurements = {"departures": departures, "probe": strong_probe, "classes": classes, "picture": picture,
+                    "exercise": run_exercise}  # fmt: skip
     if sys.argv[1:2] == ["endurance"]:
         with tempfile.TemporaryDirectory() as folder:
             endurance(Path(folder), 50)
