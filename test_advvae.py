@@ -45,6 +45,10 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def correlation(a, b):
+    return torch.corrcoef(torch.stack([a, b]))[0, 1]
+
+
 def digits(n, test=200, seed=0):
     """A small typeset Data."""
     generator = seeded(seed)
@@ -208,13 +212,9 @@ def test_typeset_repeats():
 
 def test_typesets_factors_move_what_they_name(data):
     """Slant and thickness agree with the measured ones; size and shift with the ink's extent and centre."""
-
-    def r(a, b):
-        return torch.corrcoef(torch.stack([a, b]))[0, 1]
-
     x, f = data.images, data.factors
-    assert r(advvae.slant(x), f["slant"]) > 0.95
-    assert r(advvae.stroke_thickness(x), f["thickness"]) > 0.9
+    assert correlation(advvae.slant(x), f["slant"]) > 0.95
+    assert correlation(advvae.stroke_thickness(x), f["thickness"]) > 0.9
     assert (advvae.stroke_thickness(x) - f["thickness"]).abs().mean() < 0.4  # pixels
 
     def centre(images):
@@ -225,7 +225,8 @@ def test_typesets_factors_move_what_they_name(data):
         pixel_on = advvae.render(data.labels, f | {name: f[name] + 1})
         assert torch.allclose((centre(pixel_on) - centre(x)).mean(1), torch.tensor(way), atol=0.02)
     height = (x.amax(dim=(1, 3)) > 0.5).sum(1)
-    assert r(height.float(), f["size"]) > 0.75 and (height - f["size"]).abs().mean() < 1.5  # thick strokes stick out
+    assert correlation(height.float(), f["size"]) > 0.75
+    assert (height - f["size"]).abs().mean() < 1.5  # thick strokes stick out
     one = {name: values[:1] for name, values in f.items()}
     drawn_at = [advvae.render(data.labels[:1], one | {"slant": torch.tensor([v])}) for v in (-0.4, 0.0, 0.4)]
     slants = [advvae.slant(image) for image in drawn_at]
@@ -1748,14 +1749,13 @@ def classes(checkpoint="advvae.pt", data_dir="data"):
     data = advvae.load_data(model.dataset, data_dir)
     x, labels = data.test_images, data.test_labels
     s, mu, _ = model.encode(x)
-    members = [(labels == c).nonzero().squeeze(1) for c in labels.unique()]
+    members = [labels == c for c in labels.unique()]
+    swapped = [model.decode(mu, s[c].mean(dim=0).expand(len(x), -1)) for c in members]  # with each class's mean s
     print("r of z's source and the swapped image, by class   " + "".join(f"{c:6}" for c in range(len(members))))
     for measure in (advvae.slant, advvae.stroke_thickness):
-        of_x, r = measure(x), torch.zeros(len(members), len(members))  # z's class, s's class
-        for j, of_s in enumerate(members):
-            of_swapped = measure(model.decode(mu, s[of_s].mean(dim=0).expand(len(x), -1)))
-            for i, of_z in enumerate(members):
-                r[i, j] = torch.corrcoef(torch.stack([of_x[of_z], of_swapped[of_z]]))[0, 1]
+        of_x, of_swapped = measure(x), [measure(images) for images in swapped]
+        # (z's class, s's class)
+        r = torch.tensor([[correlation(of_x[c], of_class[c]) for of_class in of_swapped] for c in members])
         for source, sums in (("z's source", r.sum(dim=1)), ("s's source", r.sum(dim=0))):
             means = (sums - r.diag()) / (len(members) - 1)
             print(f"{f'{measure.__name__}, class of {source}':<50}" + "".join(f"{value:6.2f}" for value in means))
@@ -1788,7 +1788,7 @@ def picture(data_dir="data", folder="figures", epochs=20):
     s, mu, _ = model.encode(x)
     swapped = model.decode(mu, s[torch.randperm(len(x), generator=seeded())])
     for place, measure in zip(places, (advvae.slant, advvae.stroke_thickness)):
-        r = torch.corrcoef(torch.stack([measure(x), measure(swapped)]))[0, 1]
+        r = correlation(measure(x), measure(swapped))
         place.plot(measure(x), measure(swapped), ".", markersize=2)
         place.set(title=f"{measure.__name__.replace('_', ' ')}, r = {r:.2f}")
         place.set(xlabel="the image that gave z", ylabel="swapped image")
