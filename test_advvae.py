@@ -515,7 +515,7 @@ def test_the_adversary_makes_the_decoder_obey_s():
         swapped = model.decode(mu, s.roll(1, dims=0))
         to_truth, to_x = ((swapped - image).square().sum(dim=(1, 2, 3)) for image in (truth, x))
         obeyed[weights] = (to_truth < to_x)[other].float().mean()  # x2's class in x1's style, rather than x1
-    assert obeyed[0, 0] < 0.3 and min(obeyed[30, 0], obeyed[0, 30]) > 0.4
+    assert obeyed[0, 0] < 0.55 and min(obeyed[30, 0], obeyed[0, 30]) > 0.65
 # The program
 @pytest.fixture
 def brief(monkeypatch):
@@ -842,7 +842,7 @@ def shorten(monkeypatch, module):
     monkeypatch.setattr("torchvision.datasets.MNIST.download", mock.Mock(side_effect=RuntimeError("no network")))
     monkeypatch.setattr(module, "train", lambda config, *rest: train(replace(config, epochs=1), *rest))
 
-@pytest.mark.parametrize("number", range(1, 8))
+@pytest.mark.parametrize("number", range(1, 7))
 def test_an_exercise_can_be_done(number, tmp_path, monkeypatch, capsys):
     """Its change fits advvae.py as it is, what results trains, and its Python runs."""
     monkeypatch.chdir(tmp_path)
@@ -857,12 +857,10 @@ def test_an_exercise_can_be_done(number, tmp_path, monkeypatch, capsys):
     assert "nan" not in capsys.readouterr().out
 
 def test_the_notebooks_lines_run(tmp_path, monkeypatch):
-    """Just as they stand in the README, with two pictures of one's own."""
+    """Just as they stand in the README."""
     monkeypatch.chdir(tmp_path)
     shorten(monkeypatch, advvae)
     advvae.main(["--dataset", "typeset", "--device", "cpu"])
-    for name, ink in zip(re.findall(r"\w+\.png", section("In a notebook")), digits(2).images, strict=True):
-        torchvision.utils.save_image(1 - F.pad(ink, (3, 3)), name)
     known = {}
     exec("".join(blocks("python", section("In a notebook"))), known)
     assert known["swapped"].shape == (2, 1, 28, 28)
@@ -903,7 +901,7 @@ def strided_f_s(s_dim):
 
 def strided_f_z(s_dim, z_dim, make=advvae.UnspecifiedEncoder):
     net = make(s_dim, z_dim)
-    net.stem, net.hidden[0] = strided(), nn.Linear(64 * 4 * 4 + s_dim, net.hidden[0].out_features)
+    net.stem, net.hidden1[0] = strided(), nn.Linear(64 * 4 * 4 + s_dim, net.hidden1[0].out_features)
     return net
 
 def strided_adversary(n_classes):
@@ -917,12 +915,19 @@ class Blind(advvae.UnspecifiedEncoder):
     def forward(self, x, s):
         return super().forward(x, 0 * s)
 
+class Unscaled(advvae.Decoder):
+    """A decoder whose channels z doesn't scale."""
+
+    def forward(self, z, s):
+        return self.pixels(self.maps(torch.cat([z, s], dim=1))).float().sigmoid()
+
 DEPARTURES = {
     "the file as it is": {"Config": Config},
     "no spectral norm": {"spectral_norm": lambda layer: layer},
     "class maps in the adversary": {"Adversary": ClassMaps},
     "three strided convolutions": {"SpecifiedEncoder": strided_f_s, "UnspecifiedEncoder": strided_f_z,
                                    "Adversary": strided_adversary},
+    "z doesn't scale the decoder's channels": {"Decoder": Unscaled},
     "f_z blind to s": {"UnspecifiedEncoder": Blind},
 }  # fmt: skip
 
