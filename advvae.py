@@ -48,14 +48,13 @@ from matplotlib import figure, font_manager, get_data_path, style, textpath, tra
 from matplotlib.backends.backend_agg import RendererAgg
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
-CPU = Path("/proc/cpuinfo")  # Linux's list of what the processor can do, avx512_bf16 or amx_bf16, say
 
 class UserError(Exception):
     """What the user can put right. main prints it as one line and exits with code 2."""
 
 @dataclass
 class Config:
-    """Every setting. Weights (the paper gives none) multiply terms in nats an image. Raises UserError."""
+    """Every setting. Weights (the paper gives none) multiply terms in nats per image. Raises UserError."""
     epochs: int = 20  # passes over the training set, each image once as x1
     batch_size: int = 256  # triples a step (authors' code: 16)
     learning_rate: float = 3e-3  # of both Adams (authors' code: 0.01); falls in training's second half
@@ -68,9 +67,9 @@ class Config:
     prior_weight: float = 50.0  # term 4. Too little: samples z ~ N(0, I) fall apart. Too much: z is ignored
     s_dim: int = 16  # dimensions of s (authors' code: 64)
     z_dim: int = 16  # dimensions of z (authors' code: 512)
-    # 1: a CPU trains layers in bfloat16, 16 bits a number: up to twice as fast where it is built for that.
-    # Weights, images and terms stay in float32: hence .float() where a network ends (but f_s).
-    bfloat16: int = int(CPU.exists() and "_bf16" in CPU.read_text())
+    # 1: a CPU trains layers in bfloat16, 16 bits a number; up to twice as fast where Linux lists avx512_bf16
+    # or amx_bf16. Weights, images and terms stay float32: hence .float() where a network ends (but f_s).
+    bfloat16: int = int(Path("/proc/cpuinfo").exists() and "_bf16" in Path("/proc/cpuinfo").read_text())
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -85,21 +84,20 @@ class SpecifiedEncoder(nn.Sequential):
     def __init__(self, s_dim):
         super().__init__(
             nn.Conv2d(1, 16, 8, stride=4, padding=2), nn.LeakyReLU(0.2),  # (N, 16, 7, 7)
-            nn.Conv2d(16, 32, 3), nn.LeakyReLU(0.2), nn.Flatten(),  # (N, 32, 5, 5), (N, 800)
-            nn.Linear(32 * 5 * 5, 128), nn.LeakyReLU(0.2), nn.Linear(128, s_dim),
-        )  # fmt: skip
+            nn.Conv2d(16, 32, 3), nn.Flatten(), nn.LeakyReLU(0.2),  # (N, 32, 5, 5), (N, 800)
+            nn.Linear(32 * 5 * 5, 128), nn.LeakyReLU(0.2), nn.Linear(128, s_dim))  # fmt: skip
 
 class UnspecifiedEncoder(nn.Module):
     """f_z: mu, logvar = f_z(x, s). (N, 1, 28, 28) in [0, 1], (N, s_dim) -> twice (N, z_dim)."""
     def __init__(self, s_dim, z_dim):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 16, 8, stride=4, padding=2), nn.LeakyReLU(0.2), nn.Flatten())
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 8, stride=4, padding=2), nn.Flatten(), nn.LeakyReLU(0.2))
         self.hidden1 = nn.Sequential(nn.Linear(16 * 7 * 7 + s_dim, 512), nn.LeakyReLU(0.2))
         self.hidden2 = nn.Sequential(nn.Linear(512 + s_dim, 256), nn.LeakyReLU(0.2))
         self.out = nn.Linear(256, 2 * z_dim)
 
     def forward(self, x, s):
-        # f_z sees s, as in the paper (not in the authors' code), so as not to find out the class by itself.
+        # f_z sees s, as in the paper (not in the authors' code), so it needn't find out the class by itself.
         h = self.hidden1(torch.cat([self.stem(x), s], dim=1))  # (N, 16 * 7 * 7 + s_dim) -> (N, 512)
         h = self.hidden2(torch.cat([h, s], dim=1))  # (N, 256)
         return self.out(h).float().chunk(2, dim=1)  # mu, logvar
@@ -111,9 +109,8 @@ class Decoder(nn.Module):
         self.maps = nn.Sequential(
             nn.Linear(z_dim + s_dim, 256), nn.LeakyReLU(0.2),
             nn.Linear(256, 16 * 7 * 7), nn.LeakyReLU(0.2), nn.Unflatten(1, (16, 7, 7)),  # (N, 16, 7, 7)
-            nn.Conv2d(16, 64, 3, padding=1), nn.LeakyReLU(0.2),  # (N, 64, 7, 7)
-            nn.PixelShuffle(2),  # (N, 16, 14, 14): 4 channels become 2x2 pixels
-        )  # fmt: skip
+            nn.Conv2d(16, 64, 3, padding=1),  # (N, 64, 7, 7)
+            nn.PixelShuffle(2), nn.LeakyReLU(0.2))  # (N, 16, 14, 14): 4 channels become 2x2 pixels
         self.scale = nn.Linear(z_dim, 16)
         self.pixels = nn.Sequential(nn.Conv2d(16, 4, 3, padding=1), nn.PixelShuffle(2))  # (N, 1, 28, 28)
 
@@ -133,9 +130,8 @@ class Adversary(nn.Module):
         super().__init__()
         self.features = nn.Sequential(
             nn.PixelUnshuffle(4),  # (N, 16, 7, 7): a patch of 4x4 pixels becomes 16 channels
-            spectral_norm(nn.Conv2d(16, 64, 3)), nn.LeakyReLU(0.2), nn.Flatten(),  # (N, 64, 5, 5), (N, 1600)
-            spectral_norm(nn.Linear(64 * 5 * 5, 256)), nn.LeakyReLU(0.2),  # (N, 256)
-        )  # fmt: skip
+            spectral_norm(nn.Conv2d(16, 64, 3)), nn.Flatten(), nn.LeakyReLU(0.2),  # (N, 64, 5, 5), (N, 1600)
+            spectral_norm(nn.Linear(64 * 5 * 5, 256)), nn.LeakyReLU(0.2))  # (N, 256)
         self.real = spectral_norm(nn.Linear(256, 1))
         self.of_class = spectral_norm(nn.Embedding(n_classes, 256))
 
@@ -196,10 +192,9 @@ def reconstruction_term(x1, x1_decoded):
     return (2 * x1 - 2 * x1_decoded).square().sum() / len(x1)
 
 def kl_term(mu, logvar):
-    """Term 1, KL: on average an upper bound on what z1 tells of x1. Both (N, z_dim); scalar >= 0.
+    """Term 1, KL: its mean over x1 bounds the information z1 holds of x1. Both (N, z_dim); scalar >= 0.
 
-        KL(N(mu, exp(logvar)) || N(0, I)) = 1/2 sum over dimensions of  mu^2 + exp(logvar) - 1 - logvar
-    """
+        KL(N(mu, exp(logvar)) || N(0, I)) = 1/2 sum over dimensions of  mu^2 + exp(logvar) - 1 - logvar"""
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
 
 def swap_term(x1, x1_swapped):
@@ -223,8 +218,7 @@ def adversary_term(verdicts):
 def prior_term(verdicts):
     """Term 4: so must z drawn from the prior. Verdicts (N,); scalar >= 0.
 
-        -log sigmoid(Adv(Dec(z, s2), id2)),   z ~ N(0, I)
-    """
+        -log sigmoid(Adv(Dec(z, s2), id2)),   z ~ N(0, I)"""
     return adversary_term(verdicts)
 
 def adversary_loss(real, fakes):
@@ -240,27 +234,24 @@ def train_step(model, adversary, optimizer, adversary_optimizer, triple, config,
     """Figure 1, once through, and a step of both sides. Returns the terms and how the adversary does.
     A weight of 0 only takes its term out of the sum: it is still measured, the adversary still trains."""
     x1, x1_same, x2, id2 = triple
-    # Codes.
-    s1 = model.f_s(x1)
-    s1_same = model.f_s(x1_same)
-    s2 = model.f_s(x2)
+    # Codes. One call on a joined batch gives what three calls would, and faster.
+    s1, s1_same, s2 = model.f_s(torch.cat([x1, x1_same, x2])).chunk(3)
     mu, logvar = model.f_z(x1, s1)
     z1 = model.reparameterize(mu, logvar, generator)
     z = torch.randn(z1.shape, generator=generator, device=z1.device)  # from the prior
-    # Decodings.
-    x1_decoded = model.decode(z1, s1)
-    x1_swapped = model.decode(z1, s1_same)
-    fake = model.decode(z1, s2)
-    fake_prior = model.decode(z, s2)
-    # Terms. Gradients pass through the adversary to the fakes, but its weights get none; in eval mode the
-    # running estimates of their largest singular values, for spectral norm, stand still, too.
+    # Decodings: Dec(z1, s1) and Dec(z1, s1_same), to be x1; Dec(z1, s2) and Dec(z, s2), the fakes of id2.
+    x1_decoded, x1_swapped = model.decode(torch.cat([z1, z1]), torch.cat([s1, s1_same])).chunk(2)
+    fakes = model.decode(torch.cat([z1, z]), torch.cat([s2, s2]))
+    # Terms. Gradients pass through the adversary to the fakes, but its weights get none; and in eval mode
+    # spectral norm's running estimates of their largest singular values stand still.
     adversary.eval().requires_grad_(False)
     reconstruction = reconstruction_term(x1, x1_decoded)
     kl = kl_term(mu, logvar)
     swap = swap_term(x1, x1_swapped)
-    term3 = adversary_term(adversary(fake, id2))  # printed as "adversary"
-    term4 = prior_term(adversary(fake_prior, id2))  # printed as "prior"
-    # The encoders and the decoder descend the weighted sum. (The KL spares the decoder, term 4 spares f_z.)
+    verdicts, verdicts_prior = adversary(fakes, torch.cat([id2, id2])).chunk(2)
+    term3 = adversary_term(verdicts)  # printed as "adversary"
+    term4 = prior_term(verdicts_prior)  # printed as "prior"
+    # The encoders and the decoder descend their sum. (The KL can't reach the decoder, nor term 4 reach f_z.)
     loss = config.reconstruction_weight * reconstruction + config.kl_weight * kl + config.swap_weight * swap
     loss = loss + config.adversary_weight * term3 + config.prior_weight * term4
     optimizer.zero_grad()
@@ -268,16 +259,15 @@ def train_step(model, adversary, optimizer, adversary_optimizer, triple, config,
     optimizer.step()
     # The adversary learns to tell the real x2 from the same fakes, detached: only the adversary moves.
     adversary.train().requires_grad_(True)
-    judged = torch.cat([x2, fake.detach(), fake_prior.detach()])  # in one call: one update of spectral norm
-    verdicts = adversary(judged, torch.cat([id2, id2, id2]))
-    real, fakes = verdicts[: len(x2)], verdicts[len(x2) :]
-    loss_of_adversary = adversary_loss(real, fakes)
+    judged = torch.cat([x2, fakes.detach()])  # in one call: one update of spectral norm
+    of_real, of_fakes = adversary(judged, torch.cat([id2, id2, id2])).split([len(x2), len(fakes)])
+    loss_of_adversary = adversary_loss(of_real, of_fakes)
     adversary_optimizer.zero_grad()
     loss_of_adversary.backward()
     adversary_optimizer.step()
     measures = {"reconstruction": reconstruction, "kl": kl, "swap": swap, "adversary": term3, "prior": term4,
-                "adversary_loss": loss_of_adversary, "right_on_real": (real > 0).float().mean(),
-                "right_on_fakes": (fakes < 0).float().mean()}  # fmt: skip
+                "adversary_loss": loss_of_adversary, "right_on_real": (of_real > 0).float().mean(),
+                "right_on_fakes": (of_fakes < 0).float().mean()}  # fmt: skip
     return {name: value.detach() for name, value in measures.items()}
 
 def train(config, data, checkpoint=None, resume=False):
@@ -329,6 +319,7 @@ def train(config, data, checkpoint=None, resume=False):
 # ---- 5. Data: MNIST and its kin, and characters set in type --------------------------------------
 SOURCES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "auto": "MNIST"}
 FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+DIGITS = "0123456789"
 
 @dataclass
 class Data:
@@ -340,6 +331,7 @@ class Data:
     test_labels: torch.Tensor
     factors: dict | None = None  # of typeset: what `render` drew each image from, tensors (M,) on the CPU
     test_factors: dict | None = None
+    characters: str = DIGITS  # that typeset's labels stand for
 
     def __post_init__(self):
         most, pairs = self.labels.max(), ((self.images, self.labels), (self.test_images, self.test_labels))
@@ -390,6 +382,10 @@ def read_idx(folder, file):
     except Exception as error:  # damage shows in many ways
         raise UserError(f"{path} is damaged ({error}); delete it, put a whole one there and go") from error
 
+# What all DejaVu and STIX faces have: one of each shape (as tall as "O", "o" looks like it), no dots or bars
+CHARACTERS = (DIGITS + "ABCDEFGHJKLMNOPQRSTUVWXYZabdefghijklmnqrtuyÆØÞßæðþđħĸŁŊŋŒƀƈƐƒƕƛƪƫƭƺƾɐɑɒɓɔɕɖɗɘəɚɜɝɞ"
+    "ɟɠɢɣɤɥɦɧɩɬɮɯɰɱɲɳɴɶɷɸɹɺɻɼɾɿʁʂʃʅʆʇʈʉʋʌʍʎʏʐʑʒʓʔʕʖʗʘʚʛʜʝʞʠʣʤʥʦʧʨΓΔΞΣΦΨΩαβγδζλμνξπρςστφχωϘϚϛϝϞϟϠϡЂЉЊЋЏД"
+    "ЖЛУЦЧШЩЪЫЬЭЮЯвгдилмтфщъыюђљћѢѣҐ!#$%&()*+/:;<=>?@[\\]{}~¢£¤¥§©«¬®°±¶»¿×÷‟†‡‹›€∂")  # fmt: skip
 # Faces of matplotlib's own fonts, and the degrees they lean by. (Not cmmi10: its digits differ in size.)
 FACES = {"DejaVuSans": 0, "DejaVuSans-Bold": 0, "DejaVuSansMono": 0, "DejaVuSansMono-Bold": 0,
          "DejaVuSerif": 0, "DejaVuSerif-Bold": 0, "DejaVuSans-Oblique": 11, "DejaVuSans-BoldOblique": 11,
@@ -429,7 +425,7 @@ def glyph_atlas(characters):
         thickness.append(stroke_thickness(ink.unsqueeze(1)).mean() / HEIGHT)
     return torch.stack(distances), torch.stack(thickness)
 
-def render(labels, factors, characters="0123456789"):
+def render(labels, factors, characters=DIGITS):
     """Draw characters[label] for labels (N,) and factors, a dict of (N,): images (N, 1, 28, 28) in [0, 1].
     slant is in pixels right per pixel up; stroke thickness, size (height), shift_x, shift_y in pixels."""
     (atlas, face_thickness), images = glyph_atlas(characters), []
@@ -446,7 +442,7 @@ def render(labels, factors, characters="0123456789"):
         images.append((f["size"].view(-1, 1, 1, 1) * inside + more.view(-1, 1, 1, 1) / 2 + 0.5).clamp(0, 1))
     return torch.cat(images)
 
-def typeset(n, generator, characters="0123456789"):
+def typeset(n, generator, characters=DIGITS):
     """n random characters: images (n, 1, 28, 28) in [0, 1], labels (n,), `render`'s factors; on the CPU."""
     face_thickness = glyph_atlas(characters)[1]
     labels = torch.randint(len(characters), (n,), generator=generator)
@@ -460,27 +456,36 @@ def typeset(n, generator, characters="0123456789"):
     return render(labels, factors, characters), labels, factors
 
 # ---- 6. What do z and s know? --------------------------------------------------------------------
-def fit_classifier(net, inputs, labels, epochs, generator, std=0.0):
-    """Train net to tell labels (M,) from inputs (M, ...) + std eps, eps ~ N(0, I) drawn anew each epoch."""
+def fit_classifier(net, inputs, labels, epochs, generator, std=None):
+    """Train net to tell labels (M,) from inputs (M, ...) or new draws around them; net in eval mode."""
     steps = math.ceil(len(labels) / 500)  # in batches of equal sizes: batch norm can't take a last one of 1
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=epochs * steps)
     for _ in range(epochs):
-        noise = std * torch.randn(inputs.shape, generator=generator, device=inputs.device)
+        x = inputs if std is None else torch.normal(inputs, std, generator=generator)
         for i in torch.randperm(len(labels), generator=generator, device=labels.device).tensor_split(steps):
             optimizer.zero_grad()
-            F.cross_entropy(net(inputs[i] + noise[i]), labels[i]).backward()
+            F.cross_entropy(net(x[i]), labels[i]).backward()
             optimizer.step()
             schedule.step()
-    net.eval()
+    return net.eval()
 
-def probe_accuracy(codes, test_codes, labels, test_labels, generator, std=0.0, width=256, epochs=15):
+def probe_accuracy(codes, test_codes, labels, test_labels, generator, std=None, width=256, epochs=15):
     """How well codes (M, d), or draws around them, tell the class: on test_codes (N, d), the accuracy in
     [0, 1] of a network with two hidden layers, as in the paper's experiments."""
     sizes = width, width, int(labels.max()) + 1
     net = torchvision.ops.MLP(codes.shape[1], sizes, norm_layer=nn.BatchNorm1d).to(codes.device)
     fit_classifier(net, codes, labels, epochs, generator, std)
     return (net(test_codes).argmax(dim=1) == test_labels).float().mean()
+
+def fit_judge(images, labels, generator, epochs=3):
+    """A small classifier of images (M, 1, 28, 28). Its last layer is judge[-1]; what goes in, features."""
+    judge = nn.Sequential(
+        nn.Conv2d(1, 32, 5, stride=2, padding=2), nn.BatchNorm2d(32), nn.ReLU(),  # (N, 32, 14, 14)
+        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),  # (N, 64, 7, 7)
+        nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, int(labels.max()) + 1))
+    judge.to(images.device, memory_format=torch.channels_last)
+    return fit_classifier(judge, images, labels, epochs, generator)
 
 def slant(images):
     """Slant, (N, 1, H, W) -> (N,): pixels to the right per pixel upward, by second moments of the ink."""
@@ -508,11 +513,11 @@ def linear_r2(codes, factor, test_codes, test_factor):
     fitted = test_codes @ torch.linalg.lstsq(codes, factor.unsqueeze(1), driver="gelsy").solution
     return 1 - (test_factor - fitted.squeeze(1)).var() / test_factor.var()
 
+@torch.random.fork_rng(devices=[])  # the caller's random numbers go on as before
 def evaluate(model, data, seed=0):
     """Print what z and s know of the test images; return it as a dict. All fits are to training images."""
     x, y, test_x, test_y = data.images, data.labels, data.test_images, data.test_labels
     generator = torch.Generator(x.device).manual_seed(seed)
-    caller = torch.get_rng_state()  # to be set again: the caller's random numbers go on as before
     torch.manual_seed(seed)  # of the classifiers' first weights
     x2 = torch.randint(len(test_x), test_y.shape, generator=generator, device=x.device)
     while (same := test_y[x2] == test_y).any():  # s is to come from an image of another class
@@ -527,19 +532,14 @@ def evaluate(model, data, seed=0):
     r["class from mu"] = probe_accuracy(mu, test_mu, y, test_y, generator)
     r["class from s"] = probe_accuracy(s, test_s, y, test_y, generator)
     r["class by chance"] = test_y.bincount().max() / len(test_y)
-    # The judge, a small classifier of real training images, says which class a decoded image has.
-    judge = nn.Sequential(
-        nn.Conv2d(1, 32, 5, stride=2, padding=2), nn.BatchNorm2d(32), nn.ReLU(),  # (N, 32, 14, 14)
-        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),  # (N, 64, 7, 7)
-        nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, int(y.max()) + 1),
-    ).to(x.device, memory_format=torch.channels_last)  # fmt: skip
-    fit_classifier(judge, x, y, 3, generator)
+    judge = fit_judge(x, y, generator)  # says which class a decoded image has
     judged = {"swapped": (swapped, test_y[x2]), "prior": (sampled, test_y), "real": (test_x, test_y)}
     with torch.no_grad():
         of_real = judge[:-1](x[torch.randperm(len(x), generator=generator, device=x.device)[:10_000]])
         for kind, (images, labels) in judged.items():
-            r[f"right class, {kind}"] = (judge(images).argmax(dim=1) == labels).float().mean()
-            r[f"Frechet distance, {kind}"] = frechet_distance(judge[:-1](images), of_real)
+            features = judge[:-1](images)
+            r[f"right class, {kind}"] = (judge[-1](features).argmax(dim=1) == labels).float().mean()
+            r[f"Frechet distance, {kind}"] = frechet_distance(features, of_real)
     r["squared error, decoded"] = F.mse_loss(decoded, test_x)
     r["KL of z, nats"] = kl_term(test_mu, test_logvar)
     for name, measured in (("slant", slant), ("thickness", stroke_thickness)):
@@ -547,13 +547,13 @@ def evaluate(model, data, seed=0):
             both = torch.stack([measured(swapped), measured(source)])
             r[f"{name} from {code}'s source, r"] = torch.corrcoef(both)[0, 1].nan_to_num(0)
     if data.factors:
-        r["squared error, swapped"] = F.mse_loss(swapped.cpu(), render(test_y[x2].cpu(), data.test_factors))
+        drawn = render(test_y[x2].cpu(), data.test_factors, data.characters)
+        r["squared error, swapped"] = F.mse_loss(swapped.cpu(), drawn)
         z = model.reparameterize(mu, logvar, generator)
         for name in ("slant", "thickness", "size", "shift_x", "shift_y"):
             factor, test_factor = data.factors[name], data.test_factors[name]
             r[f"true {name} from z, R2"] = linear_r2(z, factor, test_z, test_factor)
             r[f"true {name} from s, R2"] = linear_r2(s, factor, test_s, test_factor)
-    torch.set_rng_state(caller)
     print(f"\nWhat z and s know ({data.name}, test images)")
     for what in r:
         r[what] = float(r[what])
