@@ -251,7 +251,7 @@ def train_step(model, adversary, optimizer, adversary_optimizer, triple, config,
     verdicts, verdicts_prior = adversary(fakes, torch.cat([id2, id2])).chunk(2)
     term3 = adversary_term(verdicts)  # printed as "adversary"
     term4 = prior_term(verdicts_prior)  # printed as "prior"
-    # The encoders and the decoder descend their sum. (The KL can't reach the decoder, nor term 4 reach f_z.)
+    # The encoders and the decoder descend the weighted sum. (KL can't reach the decoder, nor term 4 f_z.)
     loss = config.reconstruction_weight * reconstruction + config.kl_weight * kl + config.swap_weight * swap
     loss = loss + config.adversary_weight * term3 + config.prior_weight * term4
     optimizer.zero_grad()
