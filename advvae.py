@@ -30,21 +30,17 @@ To run: python advvae.py --epochs 20 (trains, evaluates, draws into figures/); -
 
 import argparse
 import functools
-import gzip
 import io
 import math
-import os
-import shutil
 import socket
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from matplotlib import figure, font_manager, get_data_path, style, textpath, transforms
+from matplotlib import figure, font_manager, get_data_path, textpath, transforms
 from matplotlib.backends.backend_agg import RendererAgg
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -301,7 +297,7 @@ def train(config, data, checkpoint=None, resume=False):
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16 > 0):
                 measures = train_step(**parts, triple=triple, config=config, generator=generator)
             sums = sums + len(triple[0]) * torch.stack(list(measures.values()))
-            if step % 10 == 0 and getattr(sys.stdout, "isatty", bool)():  # live, in one place
+            if step % 10 == 0 and sys.stdout.isatty():  # live, in one place
                 steps_left = (config.epochs - epoch + 1) * len(sampler) - step
                 minutes = (time.perf_counter() - start) / step * steps_left / 60
                 print(f"epoch {epoch}, step {step}, {minutes:.1f} min left", end="\033[K\r", flush=True)
@@ -318,7 +314,6 @@ def train(config, data, checkpoint=None, resume=False):
 # ==== This was the paper's method. What follows feeds it, measures it and draws it. ===============
 # ---- 5. Data: MNIST and its kin, and characters set in type --------------------------------------
 SOURCES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "auto": "MNIST"}
-FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 DIGITS = "0123456789"
 
 @dataclass
@@ -343,7 +338,7 @@ class Data:
         self.labels, self.test_labels = self.labels.long(), self.test_labels.long()
 
 def load_data(name, data_dir="data", device="cpu"):
-    """The Data called name: typeset, one of SOURCES (downloaded if its folder is absent or empty), or auto:
+    """The Data called name: typeset, one of SOURCES (downloaded into data_dir unless it is there), or auto:
     mnist or, where that can't be had, typeset. Raises UserError that says what to do."""
     if name == "typeset":
         generator = torch.Generator().manual_seed(0)  # the same digits for every --seed and device
@@ -352,35 +347,20 @@ def load_data(name, data_dir="data", device="cpu"):
         return Data(name, *(t.to(device) for t in (x, y, test_x, test_y)), factors, test_factors)
     if name not in SOURCES:
         raise UserError(f"'{name}' is none of the data sets typeset, {', '.join(SOURCES)}")
-    folder = Path(data_dir) / SOURCES[name] / "raw"
-    if not folder.is_dir() or not any(folder.iterdir()):  # so that no file of a user's is overwritten
-        try:
-            with tempfile.TemporaryDirectory() as fresh:
-                getattr(torchvision.datasets, SOURCES[name])(fresh, download=True)
-                shutil.copytree(Path(fresh) / SOURCES[name] / "raw", folder, dirs_exist_ok=True)
-        except Exception as error:  # a download fails in many ways
-            why = f"{folder} is empty and can't be filled ({error!r:.200}); go online and run again, or put"
-            why += f" {', '.join(FILES)} there, or use --dataset typeset"
-            if name != "auto":
-                raise UserError(why) from error
-            print("!" * 99, f"NOT MNIST BUT TYPESET, which needs no download: {why}", "!" * 99, sep="\n")
-            return load_data("typeset", device=device)
-    x, y, test_x, test_y = (read_idx(folder, file).to(device) for file in FILES)
-    print(f"Read {len(x):,} training and {len(test_x):,} test images from {folder}", flush=True)
-    return Data(name.replace("auto", "mnist"), x.unsqueeze(1) / 255, y, test_x.unsqueeze(1) / 255, test_y)
-
-def read_idx(folder, file):
-    """What one of MNIST's FILES holds, gzipped or not: a tensor of bytes. Raises UserError."""
-    path = folder / file if (folder / file).is_file() else folder / f"{file}.gz"
-    if not path.is_file():
-        raise UserError(f"{folder} has {sorted(os.listdir(folder))}, not {file}; add it or empty the folder")
-    content = path.read_bytes()
     try:
-        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-        shape = [int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, 1 + content[3])]
-        return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * len(shape)).view(shape)
-    except Exception as error:  # damage shows in many ways
-        raise UserError(f"{path} is damaged ({error}); delete it, put a whole one there and go") from error
+        source = getattr(torchvision.datasets, SOURCES[name])
+        train_part, test_part = source(data_dir, download=True), source(data_dir, train=False)
+    except Exception as error:  # downloads, damaged and unreadable files fail in many ways
+        why = f"{data_dir}/{SOURCES[name]} can't be filled or read ({error!r:.200}); delete what is damaged"
+        why += " there, go online and run again, or use --dataset typeset"
+        if name != "auto":
+            raise UserError(why) from error
+        print("!" * 99, f"NOT MNIST BUT TYPESET, which needs no download: {why}", "!" * 99, sep="\n")
+        return load_data("typeset", device=device)
+    x, test_x = (part.data.to(device).unsqueeze(1) / 255 for part in (train_part, test_part))
+    y, test_y = (part.targets.to(device) for part in (train_part, test_part))
+    print(f"Read {len(x):,} training and {len(test_x):,} test images from {data_dir}/{SOURCES[name]}", flush=True)
+    return Data(name.replace("auto", "mnist"), x, y, test_x, test_y)
 
 # What all DejaVu and STIX faces have: one of each shape (as tall as "O", "o" looks like it), no dots or bars
 CHARACTERS = (DIGITS + "ABCDEFGHJKLMNOPQRSTUVWXYZabdefghijklmnqrtuyÆØÞßæðþđħĸŁŊŋŒƀƈƐƒƕƛƪƫƭƺƾɐɑɒɓɔɕɖɗɘəɚɜɝɞ"
@@ -562,17 +542,13 @@ def evaluate(model, data, seed=0):
 
 # ---- 7. Checkpoint and command line --------------------------------------------------------------
 def save_checkpoint(path, parts, generator):
-    """Write parts and all else that the rest of training depends on, whole or not at all."""
+    """Write parts and all else that the rest of training depends on."""
     model, saved = parts["model"], {name: part.state_dict() for name, part in parts.items()}
     saved |= {"config": asdict(model.config), "dataset": model.dataset, "history": model.history}
     saved |= {"generator": generator.get_state(), "device": generator.device.type}
-    temporary = Path(f"{path}.{os.getpid()}.tmp")  # this run's own; it takes path's name once it is whole
-    torch.save(saved, buffer := io.BytesIO())  # not to a file, where torch hides that a disk is full
-    try:
-        temporary.write_bytes(buffer.getbuffer())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    torch.save(saved, content := io.BytesIO())  # torch's own message on a full disk is obscure
+    Path(f"{path}.tmp").write_bytes(content.getbuffer())
+    Path(f"{path}.tmp").replace(path)  # only now: a run that is stopped before keeps the last one whole
 
 def load_checkpoint(path, device="cpu"):
     """The trained AdvVAE on device, in eval mode; its .saved is all that was written. Raises UserError."""
@@ -682,13 +658,9 @@ def main(argv=None):
         print(f"Training on {data.name}, {device}; the learning rate falls after {config.epochs / 2} epochs")
         model = train(config, data, checkpoint, flags["resume"])
         evaluate(model, data)
-        with style.context("default"):  # the same pictures whatever the user's matplotlibrc says
-            for plot in (plot_curves, plot_samples, plot_interpolation, plot_swap):
-                plot(model, data, folder / f"{data.name}-{plot.__name__.removeprefix('plot_')}.png")
+        for plot in (plot_curves, plot_samples, plot_interpolation, plot_swap):
+            plot(model, data, folder / f"{data.name}-{plot.__name__.removeprefix('plot_')}.png")
         print(f"Weights: {checkpoint}. Pictures: {folder}/{data.name}-swap.png and three more.", flush=True)
-    except BrokenPipeError:  # who read our output has gone: say no more, not even at the interpreter's end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except KeyboardInterrupt:
         print("advvae.py: stopped; --resume goes on after the last epoch that was whole", file=sys.stderr)
         sys.exit(130)

@@ -4,10 +4,8 @@ Run as a script, python test_advvae.py, this file is the benchmark; with a word 
 """
 
 import copy
-import gzip
 import io
 import math
-import os
 import re
 import statistics
 import struct
@@ -520,12 +518,13 @@ def test_the_adversary_makes_the_decoder_obey_s():
     x, y, f = data.test_images, data.test_labels, data.test_factors
     truth, other = advvae.render(y.roll(1), f), y.roll(1) != y
     for weights in ((0, 0), (30, 0), (0, 30)):
-        model = advvae.train(weighted(0.2, 1, 1, *weights, epochs=3, batch_size=64), data)
+        model = advvae.train(weighted(0.2, 1, 1, *weights, epochs=2, batch_size=64), data)
         s, mu, _ = model.encode(x)
         swapped = model.decode(mu, s.roll(1, dims=0))
         to_truth, to_x = ((swapped - image).square().sum(dim=(1, 2, 3)) for image in (truth, x))
         obeyed[weights] = (to_truth < to_x)[other].float().mean()  # x2's class in x1's style, rather than x1
-    assert obeyed[0, 0] < 0.55 and min(obeyed[30, 0], obeyed[0, 30]) > 0.65
+    assert obeyed[0, 0] < 0.45 and min(obeyed[30, 0], obeyed[0, 30]) > 0.55
+
 # The program
 @pytest.fixture
 def brief(monkeypatch):
@@ -577,86 +576,51 @@ def idx(array):
     header = struct.pack(f">4B{array.dim()}I", 0, 0, 8, array.dim(), *array.shape)
     return header + bytes(array.flatten().tolist())
 
-def write_mnist(folder, train=NOISE[:30], test=NOISE[30:], ending="", pack=bytes):
+def write_mnist(folder, train=NOISE[:30], test=NOISE[30:]):
     """These images as MNIST's four files under folder, of the classes 3, 9 and 5 in turn; where they are."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     for part, images in (("train", train), ("t10k", test)):
         labels = torch.tensor([3, 9, 5] * 10)[: len(images)]
         for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            (raw / f"{part}-{kind}-ubyte{ending}").write_bytes(pack(idx(array)))
+            (raw / f"{part}-{kind}-ubyte").write_bytes(idx(array))
     return raw
 
 @pytest.fixture
 def download(monkeypatch):
-    """Stands for torchvision's download, called with the folder that it is to fill; it fails."""
-    fake = mock.Mock(side_effect=RuntimeError("Error downloading\nno network"))
-    monkeypatch.setattr(torchvision.datasets.MNIST, "download", lambda self: fake(Path(self.raw_folder)))
+    """Stands for torchvision's download of a file; it fails."""
+    fake = mock.Mock(side_effect=RuntimeError("no\nnetwork"))
+    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", fake)
     return fake
 
 def mnist(folder, *more):
     return command(folder, "--dataset", "mnist", "--data-dir", str(folder), *more)
 
-@pytest.mark.parametrize("ending, pack", [("", bytes), (".gz", gzip.compress), ("", gzip.compress)])
-def test_idx_files_are_read(ending, pack, tmp_path, capsys):
-    """Also gzipped ones, and not an old processed/*.pt, as torchvision does; count and folder are printed."""
-    raw = write_mnist(tmp_path, ending=ending, pack=pack)
-    (tmp_path / "MNIST" / "processed").mkdir()
-    for name in ("training.pt", "test.pt"):
-        torch.save((NOISE[:7].byte(), torch.arange(7)), tmp_path / "MNIST" / "processed" / name)
-    read = advvae.load_data("mnist", tmp_path)
-    assert torch.equal(read.images[:, 0], NOISE[:30] / 255) and read.labels.tolist() == [3, 9, 5] * 10
-    assert torch.equal(read.test_images[:, 0], NOISE[30:] / 255) and len(read.test_labels) == 20
-    assert re.search(f"30 training .* 20 test .*{re.escape(str(raw))}", capsys.readouterr().out)
+def test_mnist_is_read_from_torchvisions_folder(tmp_path, download, capsys):
+    """Pixels from 0 to 1, no network if the four files are there; they are downloaded if not."""
+    download.side_effect = lambda *_, **__: write_mnist(tmp_path)
+    for calls in (4, 0):
+        download.reset_mock()
+        read = advvae.load_data("mnist", tmp_path)
+        assert torch.equal(read.images[:, 0], NOISE[:30] / 255) and read.labels.tolist() == [3, 9, 5] * 10
+        assert torch.equal(read.test_images[:, 0], NOISE[30:] / 255) and len(read.test_labels) == 20
+        assert f"30 training and 20 test images from {tmp_path}" in capsys.readouterr().out
+        assert download.call_count == calls
 
 def test_auto_is_typeset_where_mnist_cannot_be_had(tmp_path, brief, download, capsys):
     """Said loudly, with what to do; and it is MNIST once its files are there."""
     assert advvae.load_data("auto", tmp_path).name == "typeset"
     said = capsys.readouterr().out
-    assert all(what in said for what in ("!!!!!", "NOT MNIST", "t10k-labels-idx1-ubyte", "no network"))
+    assert all(what in said for what in ("!!!!!", "NOT MNIST", "--dataset typeset", "no\\nnetwork"))
     write_mnist(tmp_path)
     assert advvae.load_data("auto", tmp_path).name == "mnist"
 
-@pytest.mark.parametrize("error", [RuntimeError("a\nb"), OSError("b"), KeyboardInterrupt("b")])
-@pytest.mark.parametrize("there", [".", "MNIST/raw"])
-def test_an_absent_or_empty_folder_is_filled_by_download_or_left(there, error, tmp_path, download):
-    """If it breaks off, no file is left that the next run would take for a user's."""
-    (tmp_path / there).mkdir(parents=True, exist_ok=True)
-    download.side_effect = lambda raw: (write_mnist(raw.parents[1]), mock.Mock(side_effect=error)())
-    with pytest.raises((advvae.UserError, KeyboardInterrupt), match="b"):
-        advvae.load_data("mnist", tmp_path)
-    assert not list(tmp_path.rglob("*ubyte*"))
-    download.side_effect = lambda raw: write_mnist(raw.parents[1])
-    assert [len(advvae.load_data("mnist", tmp_path).images) for _ in "12"] == [30] * download.call_count
-
-@pytest.mark.parametrize("theirs, missing", [
-    (["train-images-idx3-ubyte", "train-labels-idx1-ubyte"], "t10k-images-idx3-ubyte"),
-    (["train-images-idx3-ubyte.gz"], "train-labels-idx1-ubyte"),
-    (["train-images.idx3-ubyte"], "train-images-idx3-ubyte"),
-    (["train-images-idx3-ubyte/x"], "train-images-idx3-ubyte")])  # fmt: skip
-def test_a_users_files_are_not_downloaded_over(theirs, missing, brief, tmp_path, download, capsys):
-    """The message says what is missing and what is there: a part, look-alikes, a folder of that name."""
-    paths = [tmp_path / "MNIST" / "raw" / name for name in theirs]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(idx(torch.arange(9)))
-    message = refused(capsys, mnist(tmp_path, "--dataset", "auto"))
-    assert all(word.split("/")[0] in message for word in (missing, *theirs)) and not download.called
-    assert all(path.read_bytes() == idx(torch.arange(9)) for path in paths)
-
-@pytest.mark.parametrize("change, hint", [
-    (lambda old: old[:-9], "delete it"), (lambda old: b"", "delete it"), (lambda old: 2 * old, "delete it"),
-    (lambda old: b"\x7fELF" + old[4:], "delete it"), (lambda old: gzip.compress(old)[:-9], "delete it"),
-    (lambda old: idx(torch.zeros(20, 32, 32).int()), "images"), (lambda old: idx(NOISE[:19]), "labels"),
-    (bytes, "Permission denied")])  # fmt: skip
-def test_delete_it_is_said_of_damaged_files_only(change, hint, tmp_path, monkeypatch, capsys):
-    """Cut, empty, too long, of another kind; but not of 32x32 images, missing ones, what may not be read."""
-    path = write_mnist(tmp_path) / "t10k-images-idx3-ubyte"
-    path.write_bytes(change(path.read_bytes()))
-    if hint == "Permission denied":  # (chmod doesn't stop root)
-        monkeypatch.setattr(Path, "read_bytes", mock.Mock(side_effect=OSError(13, hint)))
-    message = refused(capsys, mnist(tmp_path))
-    assert hint in message and ("delete it" in message) is (hint == "delete it")
+def test_damaged_files_are_refused_in_one_line(tmp_path, capsys):
+    """A cut one, and images of 32x32 pixels; the message says where they are."""
+    raw = write_mnist(tmp_path)
+    for content, hint in ((idx(NOISE[:20])[:-9], str(tmp_path)), (idx(torch.zeros(20, 32, 32).int()), "28")):
+        (raw / "t10k-images-idx3-ubyte").write_bytes(content)
+        assert hint in refused(capsys, mnist(tmp_path))
 
 @pytest.mark.parametrize("part, change", [
     ("images", lambda x: 2 * x - 1), ("images", lambda x: 255 * x), ("images", lambda x: x.round().byte()),
@@ -689,7 +653,7 @@ def test_a_checkpoint_gives_the_model_back(data, tmp_path):
     assert torch.load(tmp_path / "a.pt", weights_only=True)["history"] == model.history
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(brief, tmp_path, capsys):
-    """Writing breaks off in the middle of the file; no other file is left."""
+    """Writing breaks off in the middle of the file."""
     resource = pytest.importorskip("resource")  # Unix
     advvae.main(command(tmp_path, "--epochs", "1"))
     old, limits = (tmp_path / "a.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -698,16 +662,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(brief, tmp_path, 
         assert "File too large" in refused(capsys, command(tmp_path, "--epochs", "1", "--seed", "1"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (tmp_path / "a.pt").read_bytes() == old and sorted(os.listdir(tmp_path)) == ["a.pt", "figures"]
-
-def test_two_runs_in_one_folder_write_files_of_their_own(data, tmp_path, monkeypatch):
-    """Which take the checkpoint's name in the end."""
-    names = set()
-    monkeypatch.setattr(Path, "replace", lambda temporary, target: names.add(temporary))
-    for process in (1, 2):
-        monkeypatch.setattr(os, "getpid", lambda: process)
-        advvae.train(Config(epochs=1), data, tmp_path / "a.pt")
-    assert len(names) == 2
+    assert (tmp_path / "a.pt").read_bytes() == old
 
 @pytest.mark.parametrize("content", [b"", b"my thesis", {"config": BOMB}, {"weights": torch.zeros(3)}])
 def test_a_file_that_is_no_checkpoint_is_refused_and_stays(content, tmp_path, monkeypatch, capsys):
@@ -754,23 +709,6 @@ def test_an_epochs_line_is_printed_once_its_checkpoint_is_written(data, tmp_path
     advvae.train(Config(epochs=1), data, tmp_path / "a.pt")
     assert there == [True]
 
-def test_a_closed_pipe_ends_quietly(tmp_path):
-    """python advvae.py | head: nothing on stderr, and the epoch that was read is in the checkpoint."""
-    write_mnist(tmp_path)
-    argv = [sys.executable, HERE / "advvae.py", *mnist(tmp_path, "--epochs", "1000")]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        assert any(line.startswith("epoch 1/1000 ") for line in child.stdout)
-        child.stdout.close()
-        assert (child.stderr.read(), child.wait()) == ("", 1)
-    assert len(advvae.load_checkpoint(tmp_path / "a.pt").history) >= 1
-
-@pytest.mark.parametrize("stdout", [None, types.SimpleNamespace(write=len, flush=int)], ids=["none", "bare"])
-def test_any_stdout_will_do(stdout, brief, tmp_path, monkeypatch):
-    """None, as under pythonw, or without isatty and fileno, as a notebook's may be."""
-    monkeypatch.setattr(sys, "stdout", stdout)
-    advvae.main(command(tmp_path, "--epochs", "1", "--batch-size", "20"))
-    assert (tmp_path / "a.pt").exists()
-
 @pytest.mark.parametrize("epochs", ["1", "0"])
 def test_main_trains_evaluates_and_draws(epochs, tmp_path, monkeypatch, capsys):
     """A line an epoch, the table, four PNGs, the swap grid last; without an epoch, too. Folders are made."""
@@ -782,20 +720,6 @@ def test_main_trains_evaluates_and_draws(epochs, tmp_path, monkeypatch, capsys):
     names = [path.name for path in sorted(pngs, key=lambda path: path.stat().st_mtime_ns)]
     assert names == [f"typeset-{what}.png" for what in ("curves", "samples", "interpolation", "swap")]
     assert (tmp_path / "new" / "a.pt").exists() is (epochs == "1")
-
-def test_a_users_matplotlib_settings_change_neither_glyphs_nor_pictures(tmp_path):
-    """To the byte. A notebook passes MPLBACKEND on to environments without its backend."""
-    (tmp_path / "rc").write_text("savefig.bbox: tight\ntext.usetex: True\nfont.size: 30\naxes.facecolor: 0\n")
-    with matplotlib.rc_context(fname=tmp_path / "rc"):
-        assert all(map(torch.equal, advvae.glyph_atlas.__wrapped__("07"), advvae.glyph_atlas("07")))
-    hostile, pngs = {"MATPLOTLIBRC": str(tmp_path / "rc"), "MPLBACKEND": "module://no_such_backend"}, []
-    for name, more in (("plain", {"MPLBACKEND": "agg"}), ("hostile", hostile)):
-        write_mnist(tmp_path / name)
-        argv = [sys.executable, HERE / "advvae.py", *mnist(tmp_path / name, "--epochs", "1")]
-        ended = subprocess.run(argv, env=os.environ | more, capture_output=True, text=True)
-        assert (ended.returncode, ended.stderr) == (0, "")
-        pngs.append([path.read_bytes() for path in sorted((tmp_path / name / "figures").iterdir())])
-    assert pngs[0] == pngs[1] and all(png.startswith(b"\x89PNG") for png in pngs[0]) and len(pngs[0]) == 4
 
 def grid(plot, data):
     """z + s of plot's 10x10 white images, the images left of them and above them, and each class's first test
