@@ -64,17 +64,18 @@ class Config:
     s_dim: int = 16  # dimensions of s (authors' code: 64)
     z_dim: int = 16  # dimensions of z (authors' code: 512)
     # 1: a CPU trains layers in bfloat16, 16 bits a number; up to twice as fast where Linux lists avx512_bf16
-    # or amx_bf16. Weights, images and terms stay float32: hence .float() where a network ends (but f_s).
+    # or amx_bf16. Weights, images and terms stay float32: hence .float() where a network ends (not f_s).
     bfloat16: int = int(Path("/proc/cpuinfo").exists() and "_bf16" in Path("/proc/cpuinfo").read_text())
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            least = 1 if name in ("batch_size", "s_dim", "z_dim") else 0
+            least = 1 if name in ("epochs", "batch_size", "s_dim", "z_dim") else 0
             if not least <= value < 2**63:  # false for NaN, too; torch takes seeds below 2**63
                 raise UserError(f"{name} is {value}; it must be a number from {least} up")
 
 # ---- 1. Networks: f_s, f_z, the decoder, the adversary -------------------------------------------
-# Departure: the authors' networks halve 32x32 images three times; for speed, these go to 7x7 maps at once.
+# Departure: the authors' encoders share all but their last layer, and their networks halve images (padded
+# to 32x32) three times. Here f_s and f_z are apart and, for speed, images become 7x7 maps at once.
 class SpecifiedEncoder(nn.Sequential):
     """f_s: s = f_s(x), real-valued and deterministic. (N, 1, 28, 28) in [0, 1] -> (N, s_dim)."""
     def __init__(self, s_dim):
@@ -112,7 +113,7 @@ class Decoder(nn.Module):
 
     def forward(self, z, s):
         h = self.maps(torch.cat([z, s], dim=1))
-        # Departure: z scales the channels, whatever the class, so that it comes to mean the same in each.
+        # Departure: z also scales the channels, alike in every class; the authors' z enters only once.
         h = h * (1 + self.scale(z)).view(-1, 16, 1, 1)  # (N, 16, 14, 14)
         return self.pixels(h).float().sigmoid()
 
@@ -188,9 +189,11 @@ def reconstruction_term(x1, x1_decoded):
     return (2 * x1 - 2 * x1_decoded).square().sum() / len(x1)
 
 def kl_term(mu, logvar):
-    """Term 1, KL: its mean over x1 bounds the information z1 holds of x1. Both (N, z_dim); scalar >= 0.
+    """Term 1, KL: z1 holds at most this many nats of x1, on average. Both (N, z_dim); scalar >= 0.
 
-        KL(N(mu, exp(logvar)) || N(0, I)) = 1/2 sum over dimensions of  mu^2 + exp(logvar) - 1 - logvar"""
+        KL(N(mu, exp(logvar)) || N(0, I)) = 1/2 sum over dimensions of  mu^2 + exp(logvar) - 1 - logvar
+
+    Departure: to the authors' code f_z's second output is log sigma here, log sigma^2 where z1 is drawn."""
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
 
 def swap_term(x1, x1_swapped):
@@ -268,8 +271,8 @@ def train_step(model, adversary, optimizer, adversary_optimizer, triple, config,
 
 def train(config, data, checkpoint=None, resume=False):
     """Train an AdvVAE on data: it has .config, .dataset (a name) and .history (each epoch's means). Writes
-    checkpoint, if given, after each epoch; resume goes on from it with its config and data, on the CPU to
-    the very weights of an uninterrupted run. Raises UserError when a loss is no longer finite."""
+    checkpoint, if given, after each epoch; resume goes on from it and, with the same config and data, on the
+    CPU ends in the very weights of an uninterrupted run. Raises UserError if a loss is no longer finite."""
     generator = torch.Generator(data.images.device).manual_seed(config.seed)  # of triples, eps and z
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as before
         torch.manual_seed(config.seed)  # of the first weights
@@ -297,18 +300,16 @@ def train(config, data, checkpoint=None, resume=False):
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16 > 0):
                 measures = train_step(**parts, triple=triple, config=config, generator=generator)
             sums = sums + len(triple[0]) * torch.stack(list(measures.values()))
-            if step % 10 == 0 and sys.stdout.isatty():  # live, in one place
-                steps_left = (config.epochs - epoch + 1) * len(sampler) - step
-                minutes = (time.perf_counter() - start) / step * steps_left / 60
-                print(f"epoch {epoch}, step {step}, {minutes:.1f} min left", end="\033[K\r", flush=True)
-        means = dict(zip(measures, (sums / len(data.images)).tolist()))  # over images, as training goes on
+        means = dict(zip(measures, (sums / len(data.images)).tolist()))  # over images, each at its own step
         line = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
         if not all(math.isfinite(value) for value in means.values()):
             raise UserError(f"epoch {epoch} ends in {line}; try a lower --learning-rate or lower weights")
         model.history.append(means)
         if checkpoint:
             save_checkpoint(checkpoint, parts, generator)
-        print(f"epoch {epoch}/{config.epochs}  {line}  {time.perf_counter() - start:.1f} s", flush=True)
+        seconds = time.perf_counter() - start
+        left = f"{seconds * (config.epochs - epoch) / 60:.1f} min left"
+        print(f"epoch {epoch}/{config.epochs}  {line}  {seconds:.1f} s, {left}", flush=True)
     return model.eval()
 
 # ==== This was the paper's method. What follows feeds it, measures it and draws it. ===============
@@ -326,7 +327,6 @@ class Data:
     test_labels: torch.Tensor
     factors: dict | None = None  # of typeset: what `render` drew each image from, tensors (M,) on the CPU
     test_factors: dict | None = None
-    characters: str = DIGITS  # that typeset's labels stand for
 
     def __post_init__(self):
         most, pairs = self.labels.max(), ((self.images, self.labels), (self.test_images, self.test_labels))
@@ -362,7 +362,8 @@ def load_data(name, data_dir="data", device="cpu"):
     print(f"Read {len(x):,} training and {len(test_x):,} test images from {data_dir}/{SOURCES[name]}", flush=True)
     return Data(name.replace("auto", "mnist"), x, y, test_x, test_y)
 
-# What all DejaVu and STIX faces have: one of each shape (as tall as "O", "o" looks like it), no dots or bars
+# For the README's exercise 7: what all DejaVu and STIX faces have, but mere dots and bars, and one of each
+# shape (once all are equally tall, "o" looks like "O").
 CHARACTERS = (DIGITS + "ABCDEFGHJKLMNOPQRSTUVWXYZabdefghijklmnqrtuyÆØÞßæðþđħĸŁŊŋŒƀƈƐƒƕƛƪƫƭƺƾɐɑɒɓɔɕɖɗɘəɚɜɝɞ"
     "ɟɠɢɣɤɥɦɧɩɬɮɯɰɱɲɳɴɶɷɸɹɺɻɼɾɿʁʂʃʅʆʇʈʉʋʌʍʎʏʐʑʒʓʔʕʖʗʘʚʛʜʝʞʠʣʤʥʦʧʨΓΔΞΣΦΨΩαβγδζλμνξπρςστφχωϘϚϛϝϞϟϠϡЂЉЊЋЏД"
     "ЖЛУЦЧШЩЪЫЬЭЮЯвгдилмтфщъыюђљћѢѣҐ!#$%&()*+/:;<=>?@[\\]{}~¢£¤¥§©«¬®°±¶»¿×÷‟†‡‹›€∂")  # fmt: skip
@@ -452,7 +453,7 @@ def fit_classifier(net, inputs, labels, epochs, generator, std=None):
 
 def probe_accuracy(codes, test_codes, labels, test_labels, generator, std=None, width=256, epochs=15):
     """How well codes (M, d), or draws around them, tell the class: on test_codes (N, d), the accuracy in
-    [0, 1] of a network with two hidden layers, as in the paper's experiments."""
+    [0, 1] of a network with two hidden layers (the authors' code: one), as in the paper's experiments."""
     sizes = width, width, int(labels.max()) + 1
     net = torchvision.ops.MLP(codes.shape[1], sizes, norm_layer=nn.BatchNorm1d).to(codes.device)
     fit_classifier(net, codes, labels, epochs, generator, std)
@@ -505,6 +506,7 @@ def evaluate(model, data, seed=0):
     with torch.no_grad():
         (s, mu, logvar), (test_s, test_mu, test_logvar) = model.eval().encode(x), model.encode(test_x)
         test_z = model.reparameterize(test_mu, test_logvar, generator)
+        # Of mu, as in the swap grid, not of a draw of z.
         decoded, swapped = model.decode(test_mu, test_s), model.decode(test_mu, test_s[x2])
         sampled = model.decode(torch.randn(test_z.shape, generator=generator, device=x.device), test_s)
     std = torch.exp(logvar / 2)  # z is drawn anew in each pass; faint traces take many passes
@@ -527,7 +529,7 @@ def evaluate(model, data, seed=0):
             both = torch.stack([measured(swapped), measured(source)])
             r[f"{name} from {code}'s source, r"] = torch.corrcoef(both)[0, 1].nan_to_num(0)
     if data.factors:
-        drawn = render(test_y[x2].cpu(), data.test_factors, data.characters)
+        drawn = render(test_y[x2].cpu(), data.test_factors)
         r["squared error, swapped"] = F.mse_loss(swapped.cpu(), drawn)
         z = model.reparameterize(mu, logvar, generator)
         for name in ("slant", "thickness", "size", "shift_x", "shift_y"):
@@ -610,10 +612,10 @@ def save_grid(path, title, model, zs, ss, left, top):
 def plot_curves(model, data, path):
     """model's history by epoch: the terms, the adversary's loss and how often it is right."""
     axes = figure.Figure(figsize=(8, 4.5), layout="constrained").subplots()
-    for name in model.history[0] if model.history else ():
+    for name in model.history[0]:
         values = [means[name] for means in model.history]
         axes.plot(range(1, len(values) + 1), values, ".-", label=name.replace("_", " "))
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     axes.set(title=f"{data.name}: terms and losses in nats, shares of 1", xlabel="epoch", yscale="log")
     axes.figure.savefig(path, dpi=110)
 
@@ -633,7 +635,7 @@ def plot_interpolation(model, data, path):
     save_grid(path, f"{data.name}: from one test image's s and z to another's", model, *ways, ends, ends)
 
 def plot_swap(model, data, path):
-    """The swap grid: z of a test image of each class along each row, s of the same down each column."""
+    """The swap grid: mu of a test image of each class along each row, s of the same down each column."""
     x = one_of_each_class(data)
     s, mu, _ = model.encode(x)
     save_grid(path, f"{data.name}: the blue image's class, the orange one's style", model, mu, s, x, x)
@@ -662,7 +664,7 @@ def main(argv=None):
             plot(model, data, folder / f"{data.name}-{plot.__name__.removeprefix('plot_')}.png")
         print(f"Weights: {checkpoint}. Pictures: {folder}/{data.name}-swap.png and three more.", flush=True)
     except KeyboardInterrupt:
-        print("advvae.py: stopped; --resume goes on after the last epoch that was whole", file=sys.stderr)
+        print("advvae.py: stopped; if an epoch was whole, --resume goes on after it", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that can't be written to
         print(f"advvae.py: {error}", file=sys.stderr)
