@@ -359,7 +359,7 @@ def load_data(name, data_dir="data", device="cpu"):
         return load_data("typeset", device=device)
     x, test_x = (part.data.to(device).unsqueeze(1) / 255 for part in (train_part, test_part))
     y, test_y = (part.targets.to(device) for part in (train_part, test_part))
-    print(f"Read {len(x):,} training and {len(test_x):,} test images from {data_dir}/{SOURCES[name]}", flush=True)
+    print(f"Read {len(x):,} training and {len(test_x):,} test images from {data_dir}/{SOURCES[name]}")
     return Data(name.replace("auto", "mnist"), x, y, test_x, test_y)
 
 # For the README's exercise 7: what all DejaVu and STIX faces have, but mere dots and bars, and one of each
