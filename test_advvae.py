@@ -742,17 +742,16 @@ def exercise(number):
     return source, [flags.split() for flags in commands], python and blocks("python", preamble)[0] + python
 
 def shorten(monkeypatch, module):
-    """Data sets of 300 images in 2 fonts, no network, trainings of one epoch, pictures without a screen."""
+    """Data sets of 300 images in 2 fonts, trainings of one epoch, pictures without a screen."""
     train = module.train
     monkeypatch.setattr(module, "FACES", dict(list(module.FACES.items())[:2]))
     matplotlib.use("Agg")
     small_typeset(monkeypatch, module=module)
-    monkeypatch.setattr("torchvision.datasets.MNIST.download", mock.Mock(side_effect=RuntimeError("no network")))
     monkeypatch.setattr(module, "train", lambda config, *rest: train(replace(config, epochs=1), *rest))
 
 @pytest.mark.parametrize("number", range(1, 9))
-def test_an_exercise_can_be_done(number, tmp_path, monkeypatch, capsys):
-    """Its change fits advvae.py as it is, what results trains, and its Python runs."""
+def test_an_exercise_can_be_done(number, tmp_path, monkeypatch, download, capsys):
+    """Its change fits advvae.py as it is, what results trains, and its Python runs; without a network."""
     monkeypatch.chdir(tmp_path)
     source, commands, python = exercise(number)
     module = types.ModuleType("advvae")
