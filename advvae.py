@@ -6,8 +6,8 @@
 
 A reference implementation of Mathieu, Zhao, Sprechmann, Ramesh, LeCun, "Disentangling factors of variation
 in deep representations using adversarial training" (NIPS 2016, arXiv 1611.03383), to be read beside the
-paper from top to bottom. Sections 1 to 4 are its method ("Departure" marks what differs from it or from the
-authors' code, MichaelMathieu/factors-variation); the rest feeds, measures and draws it.
+paper from top to bottom. Sections 1 to 4 are its method ("Departure" marks the main differences from it and
+from the authors' code, MichaelMathieu/factors-variation); the rest feeds, measures and draws it.
 
 From images and class labels, learn two codes: s, the *specified* factor (what the label says: which digit
 it is), and z, the *unspecified* ones (everything else: slant, stroke width, size, handwriting). Nothing ever
@@ -56,11 +56,11 @@ class Config:
     learning_rate: float = 3e-3  # of both Adams (authors' code: 0.01); falls in training's second half
     seed: int = 0  # same seed, same CPU: same result
     # Weights of the terms. (Authors' code, in our units: 0.5, 0.6, 1, 7.8, 0. A plain VAE: 1, 1, 0, 0, 0.)
-    reconstruction_weight: float = 0.5  # term 1. Too little: only term 2 trains z. Too much: s holds x1
+    reconstruction_weight: float = 0.5  # term 1. Too little: only term 2 fills z. Too much: s holds x1
     kl_weight: float = 8.0  # term 1's KL. Too little: z keeps the class. Too much: all of a class look alike
     swap_weight: float = 1.0  # term 2. Too little: s holds the whole image, z nothing. Too much: blur
     adversary_weight: float = 100.0  # term 3. Too little: blur, or s is ignored. Too much: z is ignored
-    prior_weight: float = 50.0  # term 4. Too little: samples z ~ N(0, I) fall apart. Too much: z is ignored
+    prior_weight: float = 50.0  # term 4. Too little: samples z ~ N(0, I) get worse. Too much: z is ignored
     s_dim: int = 16  # dimensions of s (authors' code: 64)
     z_dim: int = 16  # dimensions of z (authors' code: 512)
     # 1: a CPU trains layers in bfloat16, 16 bits a number; up to twice as fast where Linux lists avx512_bf16
@@ -94,7 +94,7 @@ class UnspecifiedEncoder(nn.Module):
         self.out = nn.Linear(256, 2 * z_dim)
 
     def forward(self, x, s):
-        # f_z sees s, as in the paper (not in the authors' code), so it needn't find out the class by itself.
+        # Departure, from the authors' code only: as in the paper, f_z sees s, so it needn't find the class.
         h = self.hidden1(torch.cat([self.stem(x), s], dim=1))  # (N, 16 * 7 * 7 + s_dim) -> (N, 512)
         h = self.hidden2(torch.cat([h, s], dim=1))  # (N, 256)
         return self.out(h).float().chunk(2, dim=1)  # mu, logvar
@@ -193,7 +193,7 @@ def kl_term(mu, logvar):
 
         KL(N(mu, exp(logvar)) || N(0, I)) = 1/2 sum over dimensions of  mu^2 + exp(logvar) - 1 - logvar
 
-    Departure: to the authors' code f_z's second output is log sigma here, log sigma^2 where z1 is drawn."""
+    Departure: f_z's second output is log sigma to the authors' KL, but log sigma^2 to their draws of z1."""
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
 
 def swap_term(x1, x1_swapped):
@@ -210,14 +210,16 @@ def adversary_term(verdicts):
 
         -log sigmoid(Adv(Dec(z1, s2), id2)),   which is softplus(-Adv(Dec(z1, s2), id2))
 
-    Whatever z1 knows of x1's class must not show; terms 1 and 2 alone allow a z that carries everything. The
+    Whatever z1 knows of x1's class must not show; likelihoods alone allow a z that carries everything. The
     non-saturating loss (Goodfellow et al. 2014) pushes hardest while the adversary wins."""
     return F.softplus(-verdicts).mean()
 
 def prior_term(verdicts):
     """Term 4: so must z drawn from the prior. Verdicts (N,); scalar >= 0.
 
-        -log sigmoid(Adv(Dec(z, s2), id2)),   z ~ N(0, I)"""
+        -log sigmoid(Adv(Dec(z, s2), id2)),   z ~ N(0, I)
+
+    Departure: the authors' code has it, too, but runs with a weight of 0."""
     return adversary_term(verdicts)
 
 def adversary_loss(real, fakes):
