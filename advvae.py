@@ -59,8 +59,8 @@ class Config:
     reconstruction_weight: float = 0.5  # term 1. Too little: only term 2 fills z. Too much: s holds x1
     kl_weight: float = 8.0  # term 1's KL. Too little: z keeps the class. Too much: all of a class look alike
     swap_weight: float = 1.0  # term 2. Too little: s holds the whole image, z nothing. Too much: blur
-    adversary_weight: float = 100.0  # term 3. Too little: blur, or s is ignored. Too much: z is ignored
-    prior_weight: float = 50.0  # term 4. Too little: samples z ~ N(0, I) get worse. Too much: z is ignored
+    adversary_weight: float = 60.0  # term 3. Too little: blur, or s is ignored. Too much: z is ignored
+    prior_weight: float = 30.0  # term 4. Too little: samples z ~ N(0, I) get worse. Too much: z is ignored
     s_dim: int = 16  # dimensions of s (authors' code: 64)
     z_dim: int = 16  # dimensions of z (authors' code: 512)
     # 1: a CPU trains layers in bfloat16, 16 bits a number; up to twice as fast where Linux lists avx512_bf16
@@ -103,19 +103,21 @@ class Decoder(nn.Module):
     """Dec: x~ = Dec(z, s). (N, z_dim), (N, s_dim) -> (N, 1, 28, 28) in [0, 1]."""
     def __init__(self, s_dim, z_dim):
         super().__init__()
-        self.maps = nn.Sequential(
+        self.to_7x7 = nn.Sequential(
             nn.Linear(z_dim + s_dim, 256), nn.LeakyReLU(0.2),
-            nn.Linear(256, 16 * 7 * 7), nn.LeakyReLU(0.2), nn.Unflatten(1, (16, 7, 7)),  # (N, 16, 7, 7)
+            nn.Linear(256, 16 * 7 * 7), nn.LeakyReLU(0.2), nn.Unflatten(1, (16, 7, 7)))
+        self.to_14x14 = nn.Sequential(
             nn.Conv2d(16, 64, 3, padding=1),  # (N, 64, 7, 7)
             nn.PixelShuffle(2), nn.LeakyReLU(0.2))  # (N, 16, 14, 14): 4 channels become 2x2 pixels
-        self.scale = nn.Linear(z_dim, 16)
-        self.pixels = nn.Sequential(nn.Conv2d(16, 4, 3, padding=1), nn.PixelShuffle(2))  # (N, 1, 28, 28)
+        self.to_28x28 = nn.Sequential(nn.Conv2d(16, 4, 5, padding=2), nn.PixelShuffle(2))  # (N, 1, 28, 28)
+        self.scales = nn.Linear(z_dim, 16 + 16)  # less 1: of 16 channels at 7x7, of 16 at 14x14
 
     def forward(self, z, s):
-        h = self.maps(torch.cat([z, s], dim=1))
         # Departure: z also scales the channels, alike in every class; the authors' z enters only once.
-        h = h * (1 + self.scale(z)).view(-1, 16, 1, 1)  # (N, 16, 14, 14)
-        return self.pixels(h).float().sigmoid()
+        scale_7x7, scale_14x14 = (1 + self.scales(z)).view(-1, 16 + 16, 1, 1).chunk(2, dim=1)
+        h = scale_7x7 * self.to_7x7(torch.cat([z, s], dim=1))  # (N, 16, 1, 1) * (N, 16, 7, 7)
+        h = scale_14x14 * self.to_14x14(h)  # (N, 16, 1, 1) * (N, 16, 14, 14)
+        return self.to_28x28(h).float().sigmoid()  # (N, 1, 28, 28)
 
 class Adversary(nn.Module):
     """Adv(x, id): (N, 1, 28, 28) in [0, 1], class ids (N,) -> verdicts (N,), logits: > 0 says "real".
@@ -508,8 +510,9 @@ def evaluate(model, data, seed=0):
     with torch.no_grad():
         (s, mu, logvar), (test_s, test_mu, test_logvar) = model.eval().encode(x), model.encode(test_x)
         test_z = model.reparameterize(test_mu, test_logvar, generator)
-        # Of mu, as in the swap grid, not of a draw of z.
+        # Swaps are of mu, as in the swap grid; "drawn" ones of a draw of z, as in term 3.
         decoded, swapped = model.decode(test_mu, test_s), model.decode(test_mu, test_s[x2])
+        drawn = model.decode(test_z, test_s[x2])
         sampled = model.decode(torch.randn(test_z.shape, generator=generator, device=x.device), test_s)
     std = torch.exp(logvar / 2)  # z is drawn anew in each pass; faint traces take many passes
     r = {"class from z": probe_accuracy(mu, test_z, y, test_y, generator, std, epochs=40)}
@@ -517,7 +520,8 @@ def evaluate(model, data, seed=0):
     r["class from s"] = probe_accuracy(s, test_s, y, test_y, generator)
     r["class by chance"] = test_y.bincount().max() / len(test_y)
     judge = fit_judge(x, y, generator)  # says which class a decoded image has
-    judged = {"swapped": (swapped, test_y[x2]), "prior": (sampled, test_y), "real": (test_x, test_y)}
+    judged = {"swapped": (swapped, test_y[x2]), "drawn": (drawn, test_y[x2]),
+              "prior": (sampled, test_y), "real": (test_x, test_y)}
     with torch.no_grad():
         of_real = judge[:-1](x[torch.randperm(len(x), generator=generator, device=x.device)[:10_000]])
         for kind, (images, labels) in judged.items():
@@ -531,8 +535,8 @@ def evaluate(model, data, seed=0):
             both = torch.stack([measured(swapped), measured(source)])
             r[f"{name} from {code}'s source, r"] = torch.corrcoef(both)[0, 1].nan_to_num(0)
     if data.factors:
-        drawn = render(test_y[x2].cpu(), data.test_factors)
-        r["squared error, swapped"] = F.mse_loss(swapped.cpu(), drawn)
+        true = render(test_y[x2].cpu(), data.test_factors)
+        r["squared error, swapped"] = F.mse_loss(swapped.cpu(), true)
         z = model.reparameterize(mu, logvar, generator)
         for name in ("slant", "thickness", "size", "shift_x", "shift_y"):
             factor, test_factor = data.factors[name], data.test_factors[name]
