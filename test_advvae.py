@@ -100,6 +100,19 @@ def test_f_z_sees_s_and_the_adversary_the_class(nets, data):
     one, other = (nets[1].eval()(x, torch.full((8,), c)) for c in (0, 1))
     assert (one - other).abs().min() > 1e-6 and (one - other).std() > 1e-4  # how much depends on the image
 
+@torch.no_grad()
+def test_z_scales_the_decoders_channels():
+    """Where its first number sets all scales at 7x7, or all at 14x14, to 0, nothing else of z and s shows."""
+    model, (z, s) = AdvVAE(16, 16), torch.randn(2, 8, 16, generator=seeded())
+    for channels in (slice(16), slice(16, 32)):
+        for p in model.decoder.scales.parameters():
+            p.zero_()
+        model.decoder.scales.weight[channels, 0] = -1
+        z[:, 0] = 0
+        assert model.decode(z, s).std(dim=0).max() > 1e-3
+        z[:, 0] = 1
+        assert model.decode(z, s).std(dim=0).max() < 1e-6
+
 def test_reparameterize_draws_from_q_and_gradients_pass():
     """z has mean mu and standard deviation exp(logvar/2); its gradients are 1 and (z - mu)/2."""
     mu, logvar = torch.tensor([[3.0, 3.0], [0.0, -2.0]]).unsqueeze(1).repeat(1, 50_000, 1).requires_grad_()
