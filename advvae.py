@@ -110,7 +110,7 @@ class Decoder(nn.Module):
             nn.Conv2d(16, 64, 3, padding=1),  # (N, 64, 7, 7)
             nn.PixelShuffle(2), nn.LeakyReLU(0.2))  # (N, 16, 14, 14): 4 channels become 2x2 pixels
         self.to_28x28 = nn.Sequential(nn.Conv2d(16, 4, 5, padding=2), nn.PixelShuffle(2))  # (N, 1, 28, 28)
-        self.scales = nn.Linear(z_dim, 16 + 16)  # less 1: of 16 channels at 7x7, of 16 at 14x14
+        self.scales = nn.Linear(z_dim, 16 + 16)  # the scales, less 1, of the channels at 7x7 and 14x14
 
     def forward(self, z, s):
         # Departure: z also scales the channels, alike in every class; the authors' z enters only once.

@@ -101,9 +101,9 @@ def test_f_z_sees_s_and_the_adversary_the_class(nets, data):
     assert (one - other).abs().min() > 1e-6 and (one - other).std() > 1e-4  # how much depends on the image
 
 @torch.no_grad()
-def test_z_scales_the_decoders_channels():
+def test_z_scales_the_decoders_channels(nets):
     """Where its first number sets all scales at 7x7, or all at 14x14, to 0, nothing else of z and s shows."""
-    model, (z, s) = AdvVAE(16, 16), torch.randn(2, 8, 16, generator=seeded())
+    model, (z, s) = nets[0], torch.randn(2, 8, 16, generator=seeded())
     for channels in (slice(16), slice(16, 32)):
         for p in model.decoder.scales.parameters():
             p.zero_()
