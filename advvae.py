@@ -72,9 +72,8 @@ class Config:
     s_dim: int = 16  # dimensions of s (authors' code: 64)
     z_dim: int = 16  # dimensions of z (authors' code: 512)
 
-
-    # Compute in numbers of 16 bits. Training is then 1.5 to 1.7 times as fast on CPUs
-    # for which Linux lists avx512_bf16 or amx_bf16, and slower on others.
+    # Compute in 16 bits: 1.5 to 1.7 times as fast on CPUs for which Linux lists
+    # avx512_bf16 or amx_bf16, and slower on others.
     bfloat16: bool = False
 
     # The weights of the terms. Departure: they are our own, and what differs most from
@@ -289,7 +288,7 @@ class TripleSampler:
         for members in self.members:
             size = len(members)
             chosen = torch.randint(size, (size,), generator=self.generator)
-            same[members] = members[chosen]  # for each member, a random member
+            same[members] = members[chosen]
 
         for start in range(0, n, self.batch_size):
             i1 = first[start : start + self.batch_size]
@@ -398,8 +397,7 @@ def train_step(model, adversary, optimizers, triple, config, generator):
     fake_sampled = model.decoder(z, s2)
 
     # What the adversary says of the fakes. Gradients go through it, back to the fakes,
-    # but its own weights get none: it has its turn below. Until then spectral norm's
-    # estimates, which eval mode holds fast, stand still, too.
+    # but its own weights get none, and eval mode holds spectral norm's estimates fast.
     adversary.requires_grad_(False)
     adversary.eval()
     verdict_swapped = adversary(fake_swapped, id2)
@@ -458,8 +456,8 @@ def train(config, data, checkpoint=None, saved=None):
     read_checkpoint returned: training goes on from there and, with the same config on
     the CPU, ends in the very weights of an uninterrupted training. Raises UserError if
     a loss is no longer finite, or if saved holds other networks."""
-    # The networks, their first weights, and an optimizer for each side. (The loop below
-    # sets the learning rates; a first beta of 0.5 is usual with adversaries.)
+    # The networks, and for each side an optimizer, whose learning rate the loop below
+    # sets. A first beta of 0.5 is usual with adversaries.
     torch.manual_seed(config.seed)
     device = data.images.device
     model = AdvVAE(config.s_dim, config.z_dim).to(device)
@@ -492,8 +490,7 @@ def train(config, data, checkpoint=None, saved=None):
             optimizer.param_groups[0]["lr"] = rate
             adversary_optimizer.param_groups[0]["lr"] = rate
 
-            # Weights don't change between a forward pass and its backward pass, so
-            # autocast may hold the whole step.
+            # Weights change only after their last use, so autocast may hold it all.
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
                 measures = train_step(
                     model, adversary, optimizers, triple, config, generator
@@ -502,7 +499,6 @@ def train(config, data, checkpoint=None, saved=None):
                 sums[name] = sums.get(name, 0) + value
             progress(f"epoch {epoch}/{config.epochs}", (step + 1) / len(sampler))
 
-        # The epoch's means, in the history and in a line.
         means = {name: total / len(sampler) for name, total in sums.items()}
         history.append(means)
         line = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
@@ -554,13 +550,11 @@ class Data:
     def check(self, x, y):
         right = len(x) > 0 and x.shape[1:] == (1, 28, 28) and x.dtype == torch.float32
         if not right or not 0 <= x.min() <= x.max() <= 1:
-            what = "images must be (M, 1, 28, 28), float32 in [0, 1]"
-            raise UserError(f"{self.name}: {what}")
+            raise UserError(f"{self.name}: images must be 1x28x28, float32 in [0, 1]")
 
         right = y.shape == x.shape[:1] and not y.is_floating_point()
         if not right or not 0 <= y.min() < y.max() <= self.labels.max():
-            what = "labels must be as Data says, two classes or more"
-            raise UserError(f"{self.name}: {what}")
+            raise UserError(f"{self.name}: labels must be as class Data says")
 
 SOURCES = {
     "mnist": torchvision.datasets.MNIST,
@@ -612,27 +606,25 @@ FACES += ["cmr10", "cmss10", "cmtt10"]
 DIGITS = "0123456789"
 
 def typeset(n, generator, characters=DIGITS):
-    """n random characters: images (n, 1, 28, 28) in [0, 1], labels (n,), and what they
-    were drawn from by render: factors, none of which tells the class."""
+    """n random characters: images (n, 1, 28, 28) in [0, 1], labels (n,), and factors, a
+    dict of tensors (n,) of which none tells the class. Lengths are in pixels."""
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, generator=generator)
 
     labels = torch.randint(len(characters), (n,), generator=generator)
     factors = {
-        "font": torch.randint(len(FACES), (n,), generator=generator),
-        "slant": uniform(-0.5, 0.5),
-        "size": uniform(15, 20),
-        "pen": uniform(0, 2.5),
-        "shift_x": uniform(-2, 2),
-        "shift_y": uniform(-2, 2),
+        "font": torch.randint(len(FACES), (n,), generator=generator),  # in FACES
+        "slant": uniform(-0.5, 0.5),  # to the right, per pixel upward
+        "size": uniform(15, 20),  # height, or width if that is more
+        "pen": uniform(0, 2.5),  # by how much strokes are fattened
+        "shift_x": uniform(-2, 2),  # to the right
+        "shift_y": uniform(-2, 2),  # down
     }
     return render(labels, factors, characters), labels, factors
 
 def render(labels, factors, characters=DIGITS):
-    """Draw characters[label] for labels (N,) and factors, a dict of tensors (N,): the
-    font's index in FACES; slant, in pixels to the right per pixel upward; and in pixels
-    size (the height, or the width if that is more), pen (by how much strokes are
-    fattened), shift_x (to the right), shift_y (down). -> (N, 1, 28, 28) in [0, 1]."""
+    """Draw characters[label] for labels (N,), with factors as typeset makes them.
+    -> (N, 1, 28, 28) in [0, 1]."""
     outlines = []
     for face in FACES:
         outlines.append([outline(face, character) for character in characters])
@@ -686,16 +678,15 @@ def evaluate(model, data, seed=0):
     test_s, test_mu, test_logvar = model.encode(x)
     test_z = reparameterize(test_mu, test_logvar)
 
-    # Pairs of test images of different classes, x1 and x2, and their swaps. These are
-    # Dec(mu1, s2), as in the swap grid.
+    # Swaps Dec(mu1, s2) of pairs of test images of different classes, x1 and x2.
     partner = torch.randperm(len(x)).to(x.device)
     i1 = (y != y[partner]).nonzero().squeeze(1)
     i2 = partner[i1]
-    x1, id1 = x[i1], y[i1]
-    x2, id2 = x[i2], y[i2]
+    id1 = y[i1]
+    id2 = y[i2]
     swapped = model.decoder(test_mu[i1], test_s[i2])
 
-    # Reconstructions, and prior samples: z ~ N(0, I), with the s of a test image.
+    # Reconstructions, and prior samples Dec(z, s), z ~ N(0, I).
     decoded = model.decoder(test_mu, test_s)
     sampled = model.decoder(torch.randn_like(test_mu), test_s)
 
@@ -706,7 +697,7 @@ def evaluate(model, data, seed=0):
     results |= class_in("s", s, data.labels, test_s, y)
     results["class by chance"] = y.bincount().max().item() / len(y)
     results |= class_shown(judge, swapped, id1, id2, sampled, x, y)
-    results |= style_kept(swapped, x1, x2, id1, id2)
+    results |= style_kept(swapped, x[i1], x[i2], id1, id2)
     results |= likeness(judge, data.images, swapped, sampled, x)
     results["squared error of reconstructions"] = F.mse_loss(decoded, x).item()
     results["KL of z, nats"] = kl_term(test_mu, test_logvar).item()
@@ -944,11 +935,9 @@ def load_checkpoint(path, device="cpu"):
 
 def command_line(argv):
     """The flags, by name. Config explains the settings."""
-    parser = argparse.ArgumentParser(
-        prog="advvae.py",
-        usage=argparse.SUPPRESS,  # so that an error is one line
-        description="Train on images, measure what z and s know, draw swap grids.",
-    )
+    usage = argparse.SUPPRESS  # so that an error is one line
+    description = "Train on images, measure what z and s know, draw swap grids."
+    parser = argparse.ArgumentParser("advvae.py", usage, description)
 
     def flag(name, default, meaning):
         help = f"{meaning} (default: {default})"
@@ -970,12 +959,12 @@ def command_line(argv):
     flag("--device", "auto", "cpu, cuda, mps, auto: cuda or else cpu")
     flag("--checkpoint", "advvae.pt", "file for the weights")
     flag("--figures-dir", "figures", "folder for pictures and results")
-    meaning = f"passes over the images (default: {Config.epochs}, or as before)"
-    parser.add_argument("--epochs", type=int, help=meaning)
-    meaning = "compute in 16 bits, which is faster on some CPUs"
-    parser.add_argument("--bfloat16", action="store_true", help=meaning)
-    meaning = "go on from --checkpoint, with its settings, to --epochs"
-    parser.add_argument("--resume", action="store_true", help=meaning)
+
+    epochs = f"passes over the images (default: {Config.epochs}, or as before)"
+    resume = "go on from --checkpoint, with its settings, to --epochs"
+    parser.add_argument("--epochs", type=int, help=epochs)
+    parser.add_argument("--resume", action="store_true", help=resume)
+    parser.add_argument("--bfloat16", action="store_true", help="faster on some CPUs")
     return parser.parse_args(argv)
 
 def pick_device(name):
@@ -1020,21 +1009,8 @@ def save_grid(path, title, model, zs, ss, left, top):
     axes.set(xticks=[], yticks=[])
     axes.figure.savefig(path, dpi=110)
 
-@style.context("default")
-def plot_curves(history, data, path):
-    """The terms, the adversary's loss and how often it is right, by epoch."""
-    axes = figure.Figure(figsize=(8, 4.5), layout="constrained").subplots()
-    for name in history[0]:
-        values = [means[name] for means in history]
-        axes.plot(range(1, len(values) + 1), values, ".-", label=name.replace("_", " "))
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    title = f"{data.name}: terms and losses in nats; right_on_...: shares"
-    axes.set(title=title, xlabel="epoch", yscale="log")
-    axes.figure.savefig(path, dpi=110)
-
 def plot_samples(model, data, path):
-    """A random z ~ N(0, I) along each row, the s of one image of each class down each
-    column."""
+    """A random z ~ N(0, I) along each row, the s of an image down each column."""
     x = one_of_each_class(data)
     s, mu, _ = model.encode(x)
     z = torch.randn(mu.shape, generator=torch.Generator().manual_seed(0)).to(mu.device)
@@ -1053,8 +1029,7 @@ def plot_interpolation(model, data, path):
     save_grid(path, title, model, zs, ss, left=ends, top=ends)
 
 def plot_swap(model, data, path):
-    """The swap grid: the z (mu) of one image of each class along each row, the s of one
-    of each class down each column."""
+    """The swap grid: one image's mu along each row, one's s down each column."""
     x = one_of_each_class(data)
     s, mu, _ = model.encode(x)
     title = f"{data.name}: the blue image's class, the orange one's style"
@@ -1089,12 +1064,11 @@ def run(flags):
 
     data = load_data(dataset, flags.data_dir, device)
     say(f"Training on {data.name}, {device}, {config.epochs} epochs")
-    model, history = train(config, data, checkpoint, saved)
+    model, _ = train(config, data, checkpoint, saved)
     results = evaluate(model, data)
 
-    start = f"{folder / data.name}"
+    start = folder / data.name
     Path(f"{start}-results.json").write_text(json.dumps(results, indent=2), "utf-8")
-    plot_curves(history, data, f"{start}-curves.png")
     plot_samples(model, data, f"{start}-samples.png")
     plot_interpolation(model, data, f"{start}-interpolation.png")
     plot_swap(model, data, f"{start}-swap.png")
