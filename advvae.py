@@ -5,9 +5,9 @@ An annotated implementation of the training procedure of
     Mathieu, Zhao, Sprechmann, Ramesh, LeCun: "Disentangling factors of variation in
     deep representations using adversarial training" (NIPS 2016, arXiv 1611.03383),
 
-with networks and loss weights of its own. Read it beside the paper, from top to bottom.
-"Departure:" marks what differs from the paper or from the authors' released code
-(MichaelMathieu/factors-variation).
+with networks and loss weights of its own, to be read beside the paper. "Departure:"
+marks what differs from it or from the authors' released code
+(MichaelMathieu/factors-variation); small differences in numbers stand in brackets.
 
 From images and class labels, the method learns two codes of an image x:
 
@@ -29,8 +29,8 @@ the terms' numbers are ours), with this file's sections in brackets:
 
     adversary [1]   learns to tell the real x2 from both fakes, given id2
 
-One step of training goes through this figure once [4]. The rest of the file is not the
-paper's: data [5], measures [6], checkpoint and command line [7], pictures [8].
+One step of training goes through this figure once [4]. The rest of the file serves the
+method: data [5], measures [6], checkpoint and command line [7], pictures [8].
 
 To train, measure and draw: python advvae.py --epochs 20. For all flags: --help.
 """
@@ -68,7 +68,7 @@ class Config:
     epochs: int = 20  # in each of them every training image is x1 once
     batch_size: int = 256  # triples a step (authors' code: 16)
     learning_rate: float = 3e-3  # at the beginning, of both sides (authors' code: 0.01)
-    seed: int = 0  # same seed, same machine: same result
+    seed: int = 0  # same seed, same CPU: same result
     s_dim: int = 16  # dimensions of s (authors' code: 64)
     z_dim: int = 16  # dimensions of z (authors' code: 512)
 
@@ -84,7 +84,7 @@ class Config:
     # Too little: only term 2 fills z. Too much: s holds all of x1.
     reconstruction_weight: float = 0.5
 
-    # Term 1's KL (authors' code: 0.6, which compares exactly for mu only: see kl_term).
+    # Term 1's KL (authors' code: 0.6; the same for mu, not for logvar: see kl_term).
     # Too little: z keeps the class. Too much: all images of a class look alike.
     kl_weight: float = 8.0
 
@@ -156,7 +156,7 @@ class UnspecifiedEncoder(nn.Module):
         h = torch.cat([h, s], dim=1)  # (N, 512 + s_dim)
         h = F.leaky_relu(self.hidden2(h), 0.2)  # (N, 256)
 
-        # What follows, the KL above all, is computed in 32 bits also with bfloat16.
+        # The draw of z and the KL are computed in 32 bits, even with bfloat16.
         mu, logvar = self.out(h).float().chunk(2, dim=1)  # each (N, z_dim)
         return mu, logvar
 
@@ -174,9 +174,9 @@ class Decoder(nn.Module):
     """Dec: x~ = Dec(z, s). z (N, z_dim), s (N, s_dim) -> x~ (N, 1, 28, 28) in [0, 1].
 
     Departure: s draws, z bends. From s alone come 16 maps of 7x7 numbers; z multiplies
-    each of these by 1 + gain and adds a shift (feature-wise modulation, Perez et al.
-    2018), so that one z can do the same to whatever s drew. In the authors' code the
-    outputs of a layer of z and of a layer of s are summed."""
+    each number by 1 + gain and adds a shift (feature-wise modulation, Perez et al.
+    2018, here number by number), so that one z can do the same to whatever s drew. In
+    the authors' code the outputs of a layer of z and of a layer of s are summed."""
 
     def __init__(self, s_dim, z_dim):
         super().__init__()
@@ -261,8 +261,8 @@ class TripleSampler:
     x2        a random image of the whole set; (N, 1, 28, 28)
     id2       the class of x2; (N,)
 
-    Departure: the authors' code draws x1, too, with replacement, and draws all classes
-    equally often, however many images they have."""
+    Departure: the authors' code draws x1, too, with replacement, and all classes
+    equally often, whatever their sizes."""
 
     def __init__(self, images, labels, batch_size, generator):
         self.images = images
@@ -329,7 +329,7 @@ def kl_term(mu, logvar):
 def swap_term(x1, x1_from_same):
     """Term 2: x1 must also come out with the s of another image of its class.
 
-        -log p(x1 | z1, s1_same),   s1_same = f_s(x1_same)
+        -log p(x1 | z1, s1_same) + constant,   s1_same = f_s(x1_same)
 
     So s is to hold what the class's images share. Both (N, 1, 28, 28) in [0, 1]."""
     return reconstruction_term(x1, x1_from_same)
@@ -340,8 +340,8 @@ def adversary_term(verdict):
         -log sigmoid(Adv(Dec(z1, s2), id2))  =  softplus(-Adv(Dec(z1, s2), id2))
 
     Whatever z1 knows of x1's class must not show. The likelihoods of terms 1 and 2
-    don't ask for that: a z that holds all of x1 suits them, and a decoder that ignores
-    s. The KL makes such a z dear, but forbids nothing.
+    don't ask for that: a z that holds all of x1, and a decoder that ignores s, suit
+    them. The KL puts a price on such a z, but forbids nothing.
 
     This is the non-saturating loss (Goodfellow et al. 2014): it pushes hardest while
     the adversary wins."""
@@ -397,7 +397,7 @@ def train_step(model, adversary, optimizers, triple, config, generator):
     fake_sampled = model.decoder(z, s2)
 
     # What the adversary says of the fakes. Gradients go through it, back to the fakes,
-    # but its own weights get none, and eval mode holds spectral norm's estimates fast.
+    # but its own weights get none, and eval mode freezes spectral norm's estimates.
     adversary.requires_grad_(False)
     adversary.eval()
     verdict_swapped = adversary(fake_swapped, id2)
@@ -490,7 +490,7 @@ def train(config, data, checkpoint=None, saved=None):
             optimizer.param_groups[0]["lr"] = rate
             adversary_optimizer.param_groups[0]["lr"] = rate
 
-            # Weights change only after their last use, so autocast may hold it all.
+            # Autocast keeps 16-bit copies of weights; none is used after it changed.
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
                 measures = train_step(
                     model, adversary, optimizers, triple, config, generator
