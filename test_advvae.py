@@ -517,7 +517,7 @@ def correlation(a, b):
 
 def test_typesets_factors_move_what_they_name(data):
     """Slant and pen are seen in the measured slant and thickness, size is the height of
-    the ink, and a shift by 1 moves an image by a pixel."""
+    the ink, a shift by 1 moves an image by a pixel, one by 0.3 by as much as that."""
     x, factors = data.images, data.factors
     assert correlation(advvae.slant(x), factors["slant"]) > 0.95
     assert correlation(advvae.stroke_thickness(x), factors["pen"]) > 0.8
@@ -530,6 +530,13 @@ def test_typesets_factors_move_what_they_name(data):
     assert (right - x.roll(1, dims=3)).abs().mean() < 0.003
     down = advvae.render(data.labels, factors | {"shift_y": factors["shift_y"] + 1})
     assert (down - x.roll(1, dims=2)).abs().mean() < 0.003
+
+    def centre(images):
+        columns = images.sum(dim=(1, 2))
+        return (columns * torch.arange(28)).sum(dim=1) / columns.sum(dim=1)
+
+    moved = advvae.render(data.labels, factors | {"shift_x": factors["shift_x"] + 0.3})
+    assert (centre(moved) - centre(x) - 0.3).abs().mean() < 0.03
 
 def test_typesets_factors_say_nothing_of_the_class():
     """No factor differs between the digits, so a z that holds only these is at chance."""
