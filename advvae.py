@@ -1043,6 +1043,7 @@ def run(flags):
     folder.mkdir(parents=True, exist_ok=True)
     device = pick_device(flags.device)
 
+    # The settings are those of the flags, or those of the checkpoint.
     saved = None
     dataset = flags.dataset
     settings = {}
@@ -1067,6 +1068,7 @@ def run(flags):
     model, _ = train(config, data, checkpoint, saved)
     results = evaluate(model, data)
 
+    # Results beside the pictures, the swap grid last.
     start = folder / data.name
     Path(f"{start}-results.json").write_text(json.dumps(results, indent=2), "utf-8")
     plot_samples(model, data, f"{start}-samples.png")
