@@ -664,7 +664,7 @@ def swap_pairs(data):
 def test_whose_class_a_swap_shows(data):
     """It is s's if the swap is x2, z's if it is x1, and neither's if it is a third one."""
     i1, i2 = swap_pairs(data)
-    x, y = data.test_images, data.test_labels
+    y = data.test_labels
     third = (y[i1] + 1) % 10
     third = torch.where(third == y[i2], (third + 1) % 10, third)
 
@@ -1366,7 +1366,7 @@ KL_WEIGHTS = (0.5, 1, 2, 4, 8, 16)
 WITHOUT_3_AND_4 = {"adversary_weight": 0, "prior_weight": 0}
 
 def measured(data, config, **weights):
-    """evaluate's results after six epochs with these weights."""
+    """evaluate's results after a training as config says, but with these weights."""
     model, _ = advvae.train(replace(config, **weights), data)
     return advvae.evaluate(model, data)
 
