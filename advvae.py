@@ -112,8 +112,8 @@ class Config:
 
 # ---- 1. Networks: f_s, f_z, the decoder, the adversary ------------------------------
 # Departure: the authors' encoders share all layers but the last, and halve images of
-# 32x32 pixels three or four times. Here f_s and f_z are two networks, so that f_z can
-# see s, and for speed one layer turns 28x28 pixels into 7x7 maps.
+# 32x32 pixels three times. Here f_s and f_z are two networks, so that f_z can see s,
+# and for speed one layer turns 28x28 pixels into 7x7 maps.
 
 class SpecifiedEncoder(nn.Module):
     """f_s: s = f_s(x), real-valued and deterministic.
@@ -211,7 +211,7 @@ class Adversary(nn.Module):
 
     Departure: it is a projection discriminator (Miyato and Koyama 2018), which compares
     features of x with a learned vector of the class. In the authors' code learned maps
-    of the class are added to the output of each convolution.
+    of the class are added to what three of its convolutions give.
 
     Departure: spectral norm (Miyato et al. 2018) divides each layer's weights by their
     largest singular value, of which it keeps an estimate. That bounds how steep the
