@@ -1403,6 +1403,7 @@ def adversary(*argv):
 def draw_curve(lines, path):
     """The share of swaps that obey s, by KL weight: a line for each of lines."""
     axes = matplotlib.figure.Figure(figsize=(6, 3.6), layout="constrained").subplots()
+    axes.set_prop_cycle(color=["black", "gray"])  # blue and orange mean s and z
     for name, shares in lines.items():
         axes.plot(KL_WEIGHTS, [100 * share for share in shares], "o-", label=name)
     axes.set_xscale("log", base=2)
